@@ -1,0 +1,281 @@
+"""The engine: slots on one accelerator, prefilled in chunks and decoded together.
+
+`load` opens a preset, puts its weights on the device and compiles the closed set of programs:
+
+* ``decode[rows]``: one whole step for 2, 4, 8 … rows (a lone row runs beside an empty one);
+* ``embed[tokens]`` and ``block[tokens, positions]``: one chunk of a prompt, block by block, one
+  program for all layers whose cache has the same number of positions;
+* ``clear[positions]``: zeroes one slot.
+
+See `model.slots` for the life of a sequence.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import Family, GemmaConfig
+from model.decode import DecodeInputs, decode_step
+from model.errors import SequenceTooLong, TokenOutOfRange
+from model.gemma import kv_cache
+from model.gemma.backbone import GemmaBackbone
+from model.gemma.block import layer_traits
+from model.gemma.kv_cache import BLOCK_TOKENS, LayerCache
+from model.gemma.weights import num_parameters
+from model.prefill import CHUNK_BUCKETS, embed_chunk, prefill_block
+from model.presets.converted import ConvertedPreset
+from model.presets.resolve import open_preset
+from model.programs import CompilationCounter, ProgramSpec, use_compile_cache
+from model.progress import Progress
+from model.samplers.draw import SamplingRows
+from model.slots import (
+    MAX_BANNED_IDS,
+    DecodeRow,
+    EngineInfo,
+    EngineOptions,
+    SampledToken,
+)
+from model.tokenizer import Tokenizer
+
+_ROW_BUCKETS = (2, 4, 8)
+
+
+def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
+    """Opens the preset, loads its weights and compiles every program.
+
+    Raises:
+        PresetError: The preset cannot be served; the message names the file or tensor.
+    """
+    use_compile_cache(options.cache_dir)
+    counter = CompilationCounter()
+    preset = open_preset(options.preset, options.cache_dir, progress=progress)
+    config = preset.config
+    tokenizer = Tokenizer(
+        preset.tokenizer_proto(), stops_at_end_of_turn=config.family is Family.GEMMA3
+    )
+    backbone = GemmaBackbone(config, _device_arrays(preset, progress))
+    engine = GemmaEngine(backbone, tokenizer, options, preset.preset_digest, counter)
+    engine.compile(progress)
+    return engine
+
+
+def _device_arrays(preset: ConvertedPreset, progress: Progress) -> dict[str, jax.Array]:
+    """Every weight on the device, one after another so that only one is held twice."""
+    total = 4.0 * num_parameters(preset.config)
+    done = 0.0
+    arrays: dict[str, jax.Array] = {}
+    for name, array in preset.arrays():
+        arrays[name] = jnp.asarray(array).block_until_ready()
+        done += array.nbytes
+        progress("load", done, total)
+    return arrays
+
+
+class GemmaEngine:
+    """A loaded Gemma with its cache and programs; an `model.slots.Engine`. One thread calls it."""
+
+    def __init__(
+        self,
+        backbone: GemmaBackbone,
+        tokenizer: Tokenizer,
+        options: EngineOptions,
+        preset_digest: str,
+        counter: CompilationCounter,
+    ) -> None:
+        self.codec = tokenizer
+        self._config: GemmaConfig = backbone.config
+        self._weights = backbone.gemma_weights
+        self._options = options
+        self._preset_digest = preset_digest
+        self._counter = counter
+        self._traits = layer_traits(self._config)
+        self._caches = kv_cache.allocate(
+            self._config, options.num_slots, options.context_tokens, jnp.dtype("float32")
+        )
+        self._row_buckets = row_buckets(options.num_slots)
+        self._programs: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled, or fetched from the compile cache, since the process started."""
+        return self._counter.count
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded."""
+        device = jax.devices()[0]
+        return EngineInfo(
+            preset=self._options.preset,
+            preset_digest=self._preset_digest,
+            family=self._config.family,
+            is_instruct=False,
+            num_parameters=num_parameters(self._config),
+            dtype="float32",
+            backend=jax.default_backend(),
+            device=device.device_kind,
+            kernels=("xla",),
+            context_tokens=self._options.context_tokens,
+            num_slots=self._options.num_slots,
+            vocabulary_size=self._config.vocabulary_size,
+            num_layers=self._config.num_layers,
+            hidden_dim=self._config.hidden_dim,
+            chunk_tokens=BLOCK_TOKENS,
+            buckets={"decode_rows": list(self._row_buckets), "prefill_tokens": [*CHUNK_BUCKETS]},
+            programs=tuple(self._programs),
+        )
+
+    def compile(self, progress: Progress) -> None:
+        """Makes every program that a request can need."""
+        specs = self._program_specs()
+        for done, spec in enumerate(specs):
+            progress("compile", done, len(specs))
+            self._programs[spec.name] = spec.compile()
+        progress("compile", len(specs), len(specs))
+
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Writes the keys and values of one chunk of a prompt into its slot."""
+        self._check_tokens(token_ids)
+        if start % BLOCK_TOKENS or start + len(token_ids) > self._options.context_tokens:
+            raise SequenceTooLong(
+                f"A chunk of {len(token_ids)} tokens cannot start at {start}: chunks start at "
+                f"multiples of {BLOCK_TOKENS} and end within {self._options.context_tokens} tokens."
+            )
+        bucket = next(size for size in CHUNK_BUCKETS if size >= len(token_ids))
+        padded = np.zeros((1, bucket), np.int32)
+        padded[0, : len(token_ids)] = token_ids
+        positions = np.arange(start, start + bucket, dtype=np.int32)[None]
+        slots = np.array([slot], np.int32)
+        x = self._programs[f"embed[{bucket}]"](self._weights.embeddings, padded)
+        for layer, cache in enumerate(self._caches):
+            program = self._programs[f"block[{bucket},{cache.num_positions}]"]
+            x, self._caches[layer] = program(
+                self._weights.blocks[layer], self._traits[layer], cache, x, positions, slots
+            )
+
+    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
+        """One step for 1 to ``num_slots`` rows, in dispatches of at most eight."""
+        self._check_tokens([row.token_id for row in rows])
+        largest = self._row_buckets[-1]
+        groups = [rows[first : first + largest] for first in range(0, len(rows), largest)]
+        return [token for group in groups for token in self._decode_group(group)]
+
+    def _decode_group(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
+        bucket = next(size for size in self._row_buckets if size >= len(rows))
+        inputs = self._decode_inputs(rows, bucket)
+        self._caches, outputs = self._programs[f"decode[{bucket}]"](
+            self._weights, self._traits, self._caches, inputs
+        )
+        token_ids, is_finite, logprobs, top_ids, top_logprobs = jax.device_get(outputs)
+        sampled = []
+        for index, row in enumerate(rows):
+            if row.num_logprobs is None:
+                token = SampledToken(int(token_ids[index]), is_finite=bool(is_finite[index]))
+            else:
+                alternatives = zip(
+                    top_ids[index, : row.num_logprobs].tolist(),
+                    top_logprobs[index, : row.num_logprobs].tolist(),
+                    strict=True,
+                )
+                token = SampledToken(
+                    int(token_ids[index]),
+                    float(logprobs[index]),
+                    tuple(alternatives),
+                    bool(is_finite[index]),
+                )
+            sampled.append(token)
+        return sampled
+
+    def clear(self, slot: int) -> None:
+        """Zeroes one slot in every layer."""
+        for layer, cache in enumerate(self._caches):
+            program = self._programs[f"clear[{cache.num_positions}]"]
+            self._caches[layer] = program(cache, np.int32(slot))
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        """JAX clamps a bad index silently, so none may get there."""
+        bad = [id_ for id_ in token_ids if not 0 <= id_ < self._config.vocabulary_size]
+        if bad:
+            raise TokenOutOfRange(
+                f"Token id {bad[0]} is not in [0, {self._config.vocabulary_size})."
+            )
+
+    def _decode_inputs(self, rows: Sequence[DecodeRow], bucket: int) -> DecodeInputs:
+        vocab = self._config.vocabulary_size
+
+        def column(values: Sequence[float], dtype: Any, filler: float) -> jax.Array:
+            return jnp.asarray(np.array([*values, *[filler] * (bucket - len(rows))], dtype))
+
+        banned = np.full((bucket, MAX_BANNED_IDS), vocab, np.int32)
+        for index, row in enumerate(rows):
+            banned[index, : len(row.banned_ids)] = row.banned_ids
+        return DecodeInputs(
+            token_ids=column([row.token_id for row in rows], np.int32, 0),
+            positions=column([row.position for row in rows], np.int32, 0),
+            slots=column([row.slot for row in rows], np.int32, self._options.num_slots),
+            sampling=SamplingRows(
+                temperature=column([row.sampling.temperature for row in rows], np.float32, 0),
+                top_k=column([row.sampling.top_k for row in rows], np.int32, 0),
+                top_p=column([row.sampling.top_p for row in rows], np.float32, 1),
+                seeds=column([row.sampling.seed for row in rows], np.uint32, 0),
+            ),
+            banned_ids=jnp.asarray(banned),
+            wants_logprobs=column([row.num_logprobs is not None for row in rows], np.bool_, 0),
+        )
+
+    def _program_specs(self) -> list[ProgramSpec]:
+        specs = [
+            ProgramSpec(
+                f"decode[{bucket}]",
+                partial(decode_step, self._config),
+                (self._weights, self._traits, self._caches, self._decode_inputs((), bucket)),
+                donated=(2,),
+            )
+            for bucket in self._row_buckets
+        ]
+        # Layers with the same number of positions share a program; any of them gives the shapes.
+        layer_of_size = {cache.num_positions: i for i, cache in enumerate(self._caches)}
+        for bucket in CHUNK_BUCKETS:
+            token_ids = _shaped((1, bucket), jnp.int32)
+            x = _shaped((1, bucket, self._config.hidden_dim), jnp.float32)
+            embeddings = self._weights.embeddings
+            specs.append(ProgramSpec(f"embed[{bucket}]", embed_chunk, (embeddings, token_ids)))
+            specs.extend(self._block_spec(size, i, x) for size, i in layer_of_size.items())
+        slot = _shaped((), jnp.int32)
+        for size, i in layer_of_size.items():
+            cache = self._caches[i]
+            specs.append(ProgramSpec(f"clear[{size}]", _clear_slot, (cache, slot), donated=(0,)))
+        return specs
+
+    def _block_spec(self, size: int, layer: int, x: jax.ShapeDtypeStruct) -> ProgramSpec:
+        bucket = x.shape[1]
+        positions = _shaped((1, bucket), jnp.int32)
+        slots = _shaped((1,), jnp.int32)
+        weights, traits = self._weights.blocks[layer], self._traits[layer]
+        return ProgramSpec(
+            f"block[{bucket},{size}]",
+            partial(prefill_block, self._config),
+            (weights, traits, self._caches[layer], x, positions, slots),
+            donated=(2, 3),
+        )
+
+
+def row_buckets(num_slots: int) -> tuple[int, ...]:
+    """Row counts of the decode programs for ``num_slots`` slots.
+
+    A lone row runs as two, so that it meets the same products as in company; more than eight rows
+    run as several dispatches, which is faster than one of twelve or sixteen.
+    """
+    needed = next((rows for rows in _ROW_BUCKETS if rows >= num_slots), _ROW_BUCKETS[-1])
+    return tuple(rows for rows in _ROW_BUCKETS if rows <= needed)
+
+
+def _shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _clear_slot(cache: LayerCache, slot: jax.Array) -> LayerCache:
+    return LayerCache(cache.keys.at[slot].set(0), cache.values.at[slot].set(0))

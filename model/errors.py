@@ -1,0 +1,48 @@
+"""Everything that can go wrong in the model, as its caller sees it.
+
+* ModelError
+  x PresetError                   another preset, or a repaired one, is needed
+    + PresetNotFound              nothing has that name
+    + PresetFileMissing           the directory lacks a file
+    + PresetFileInvalid           a file is truncated, malformed or does not fit the config
+    + UnsupportedPreset           a well-formed file of a kind that is not served
+  x RequestInvalid                another request is needed
+    + TokenOutOfRange             an id is not in the vocabulary
+    + SequenceTooLong             more tokens than a slot holds
+"""
+
+
+class ModelError(Exception):
+    """Base of every error that the model raises on purpose. The message is one clear line."""
+
+
+class PresetError(ModelError):
+    """The files cannot be loaded. The message names the file or the tensor and the remedy."""
+
+
+class PresetNotFound(PresetError):
+    """No built-in preset and no path has that name."""
+
+
+class PresetFileMissing(PresetError):
+    """A file that every preset of this kind has is not there."""
+
+
+class PresetFileInvalid(PresetError):
+    """A file is truncated, malformed, or its names and shapes do not fit the config."""
+
+
+class UnsupportedPreset(PresetError):
+    """The file is well formed but holds an architecture or a format that is not served."""
+
+
+class RequestInvalid(ModelError):
+    """The arguments of one call are out of range."""
+
+
+class TokenOutOfRange(RequestInvalid):
+    """A token id is negative or not below the vocabulary size."""
+
+
+class SequenceTooLong(RequestInvalid):
+    """A sequence has more tokens than a slot holds."""

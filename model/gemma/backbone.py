@@ -1,0 +1,109 @@
+"""The Keras model that owns the weights.
+
+Layers here hold variables, in run-time shapes and under Keras' names; the mathematics is in
+`model.gemma.forward`, which takes the arrays that `GemmaBackbone.gemma_weights` collects. So a
+Keras user has a `keras.Model` to summarise, train and save, and the engine has plain arrays.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+from jaxtyping import Array, Bool, Float, Int
+
+from model.config import GemmaConfig
+from model.gemma import weights as names
+from model.gemma.forward import forward
+from model.gemma.weights import GemmaWeights
+
+
+class Weight(keras.layers.Layer):
+    """One variable under a layer name of its own, as Keras' Dense and RMSNormalization have it."""
+
+    def __init__(
+        self, shape: tuple[int, ...], initializer: Any, *, variable: str, name: str, dtype: Any
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.variable = self.add_weight(shape=shape, initializer=initializer, name=variable)
+        self.built = True
+
+
+class GemmaBackbone(keras.Model):
+    """Token ids in, hidden states after the final norm out.
+
+    Takes ``{"token_ids": int [B, L], "padding_mask": bool or int [B, L]}`` and returns [B, L, D] in
+    the compute dtype.
+
+    Args:
+        config: Architecture.
+        arrays: Name -> array for every weight, in run-time shape. Without it the weights are
+            random, as a fresh keras-hub model has them (spec 1.1), but with a seed of its own for
+            each.
+        dtype: Keras dtype policy.
+        seed: Of random weights.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        arrays: Mapping[str, Array] | None = None,
+        *,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(name="gemma_backbone", dtype=dtype)
+        self.config = config
+        self._holders: list[tuple[str, Weight]] = []
+        for index, spec in enumerate(names.weight_specs(config)):
+            layer_name, _, variable = spec.name.rpartition("/")
+            initializer = (
+                _random_initializer(spec, seed + index)
+                if arrays is None
+                else _given(arrays[spec.name])
+            )
+            holder = Weight(
+                spec.shape,
+                initializer,
+                variable=variable,
+                name=layer_name.replace("/", "__"),
+                dtype=self.dtype_policy,
+            )
+            self._holders.append((spec.name, holder))
+        self.holders = [holder for _, holder in self._holders]
+        self.built = True
+
+    @property
+    def gemma_weights(self) -> GemmaWeights:
+        """The arrays that the variables hold now; tracers inside a Keras training step."""
+        return names.assemble(
+            self.config, {name: holder.variable.value for name, holder in self._holders}
+        )
+
+    def call(
+        self, inputs: Mapping[str, Array], training: bool = False
+    ) -> Float[Array, "batch seq width"]:
+        """Hidden states after the final norm."""
+        token_ids: Int[Array, "batch seq"] = jnp.asarray(inputs["token_ids"], jnp.int32)
+        padding_mask: Bool[Array, "batch seq"] = jnp.asarray(inputs["padding_mask"]).astype(bool)
+        return forward(self.config, self.gemma_weights, token_ids, padding_mask).hidden
+
+
+def _given(array: Array) -> Any:
+    """An initializer that yields ``array`` without a second copy of it."""
+
+    def initialize(shape: tuple[int, ...], dtype: Any = None) -> Array:
+        assert tuple(array.shape) == tuple(shape), f"{array.shape} is not {shape}"
+        return jnp.asarray(array, dtype)
+
+    return initialize
+
+
+def _random_initializer(spec: names.WeightSpec, seed: int) -> Any:
+    if len(spec.shape) == 1:
+        return "zeros"
+    if spec.name == names.EMBEDDINGS:
+        return keras.initializers.RandomNormal(stddev=spec.shape[0] ** -0.5, seed=seed)
+    fan_out, fan_in = spec.shape
+    limit = (6.0 / (fan_in + fan_out)) ** 0.5
+    return keras.initializers.RandomUniform(-limit, limit, seed=seed)

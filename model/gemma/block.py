@@ -1,0 +1,170 @@
+"""One decoder block: attention and feed-forward, each normalised before and added to the residual.
+
+The block is a pure function of its weights and of the few numbers that tell one layer from another
+(`LayerTraits`), all of them arguments. So one compiled program serves every layer whose cache has
+the same shape, and prefill, decode, score and training are the same mathematics.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from model.config import LOCAL_ROPE_THETA, GemmaConfig
+from model.gemma import kv_cache, masks
+from model.gemma.attention import attend, attend_slot
+from model.gemma.kv_cache import LayerCache
+from model.gemma.norms import rms_norm
+from model.gemma.projection import AdapterTerm, projection
+from model.gemma.rope import apply_rope, inverse_frequencies
+from model.gemma.weights import BlockWeights
+
+Residual = Float[Array, "batch seq width"]
+Intervention = Callable[[Residual], Residual]
+
+
+class LayerTraits(NamedTuple):
+    """What differs between layers besides their weights."""
+
+    rope_frequencies: Float[Array, " half_head_dim"]
+    window_tokens: Int[Array, ""]
+
+
+class SlotRows(NamedTuple):
+    """A layer's cache and which slot each row of the batch reads and writes."""
+
+    cache: LayerCache
+    slots: Int[Array, " batch"]
+
+
+def layer_traits(config: GemmaConfig) -> list[LayerTraits]:
+    """The traits of every layer, in order."""
+    local = inverse_frequencies(config.head_dim, theta=LOCAL_ROPE_THETA)
+    global_ = inverse_frequencies(
+        config.head_dim, theta=config.global_rope_theta, scale=config.global_rope_scale
+    )
+    unlimited = jnp.int32(masks.UNLIMITED_WINDOW_TOKENS)
+    window = jnp.int32(config.sliding_window_tokens or masks.UNLIMITED_WINDOW_TOKENS)
+    return [
+        LayerTraits(local, window) if config.is_local(layer) else LayerTraits(global_, unlimited)
+        for layer in range(config.num_layers)
+    ]
+
+
+def block(
+    config: GemmaConfig,
+    weights: BlockWeights,
+    traits: LayerTraits,
+    x: Float[Array, "batch seq width"],
+    positions: Int[Array, "batch seq"],
+    *,
+    padding_mask: Bool[Array, "batch seq"] | None = None,
+    rows: SlotRows | None = None,
+    adapters: Mapping[str, AdapterTerm] | None = None,
+    intervene: Intervention | None = None,
+) -> tuple[Float[Array, "batch seq width"], LayerCache | None]:
+    """The residual stream after this block, and the layer's cache if there is one.
+
+    Args:
+        config: Architecture (static).
+        weights: Of this block.
+        traits: Of this layer.
+        x: Residual stream before the block.
+        positions: Absolute position of each token in its own sequence.
+        padding_mask: Without a cache: False marks tokens that no other token may see.
+        rows: With a cache: where each row's keys and values stand. Attention then covers all that
+            the slot holds up to the query, and ``padding_mask`` must be None.
+        adapters: Field of `BlockWeights` -> low-rank term of that projection.
+        intervene: Applied to the residual stream after the block.
+    """
+    assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
+    adapters = adapters or {}
+    normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
+    query, key, value = _project_heads(config, weights, traits, normalized, positions, adapters)
+    cache = None
+    if rows is None:
+        assert padding_mask is not None
+        mask = masks.visible_unpadded(positions, padding_mask, traits.window_tokens)
+        context = attend(query, key, value, mask, logit_cap=config.attention_soft_cap)
+    else:
+        cache = kv_cache.write(rows.cache, rows.slots, positions, key, value)
+        context = _attend_rows(config, traits, query, SlotRows(cache, rows.slots), positions)
+    flat = context.reshape(*x.shape[:2], config.num_query_heads * config.head_dim)
+    attended = projection(flat, weights.attention_output, adapters.get("attention_output"))
+    if weights.post_attention_norm is not None:
+        attended = rms_norm(attended, weights.post_attention_norm, epsilon=config.norm_epsilon)
+    x = x + attended
+    x = x + _feed_forward(config, weights, x, adapters)
+    return (x if intervene is None else intervene(x)), cache
+
+
+def _project_heads(
+    config: GemmaConfig,
+    weights: BlockWeights,
+    traits: LayerTraits,
+    normalized: Float[Array, "batch seq width"],
+    positions: Int[Array, "batch seq"],
+    adapters: Mapping[str, AdapterTerm],
+) -> tuple[
+    Float[Array, "batch seq heads head_dim"],
+    Float[Array, "batch seq kv_heads head_dim"],
+    Float[Array, "batch seq kv_heads head_dim"],
+]:
+    """Queries (rotated and scaled), keys (rotated) and values."""
+    batch, seq, _ = normalized.shape
+
+    def heads(field: str, kernel: Array) -> Array:
+        flat = projection(normalized, kernel, adapters.get(field))
+        return flat.reshape(batch, seq, -1, config.head_dim)
+
+    query, key = heads("query", weights.query), heads("key", weights.key)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = rms_norm(query, weights.query_norm, epsilon=config.norm_epsilon)
+        key = rms_norm(key, weights.key_norm, epsilon=config.norm_epsilon)
+    query = apply_rope(query, positions, traits.rope_frequencies)
+    query = query * jnp.asarray(config.query_scale, query.dtype)
+    key = apply_rope(key, positions, traits.rope_frequencies)
+    return query, key, heads("value", weights.value)
+
+
+def _attend_rows(
+    config: GemmaConfig,
+    traits: LayerTraits,
+    query: Float[Array, "batch seq heads head_dim"],
+    rows: SlotRows,
+    positions: Int[Array, "batch seq"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Attention row by row, so that a row's bits and cost do not depend on its company."""
+
+    def attend_row(row: tuple[Array, Array, Array]) -> Array:
+        row_query, slot, row_positions = row
+        return attend_slot(
+            row_query,
+            rows.cache,
+            slot,
+            row_positions,
+            traits.window_tokens,
+            logit_cap=config.attention_soft_cap,
+        )
+
+    context: Array = jax.lax.map(attend_row, (query, rows.slots, positions))
+    return context
+
+
+def _feed_forward(
+    config: GemmaConfig,
+    weights: BlockWeights,
+    x: Float[Array, "batch seq width"],
+    adapters: Mapping[str, AdapterTerm],
+) -> Float[Array, "batch seq width"]:
+    normalized = rms_norm(x, weights.pre_ffw_norm, epsilon=config.norm_epsilon)
+    gate = projection(normalized, weights.ffw_gating, adapters.get("ffw_gating"))
+    up = projection(normalized, weights.ffw_gating_2, adapters.get("ffw_gating_2"))
+    # The tanh approximation, on the gate alone (spec 1.6).
+    hidden = jax.nn.gelu(gate, approximate=True) * up
+    output = projection(hidden, weights.ffw_linear, adapters.get("ffw_linear"))
+    if weights.post_ffw_norm is not None:
+        output = rms_norm(output, weights.post_ffw_norm, epsilon=config.norm_epsilon)
+    return output

@@ -1,0 +1,119 @@
+"""The three functions that are the model, and their composition.
+
+`embed`, `block` (of `model.gemma.block`) and `head` are all the mathematics there is. Prefill,
+decode, score and training call these three and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from model.config import GemmaConfig
+from model.gemma.attention import soft_cap
+from model.gemma.block import Residual, block, layer_traits
+from model.gemma.norms import rms_norm
+from model.gemma.projection import AdapterTerm, projection
+from model.gemma.weights import GemmaWeights
+
+EMBEDDING_LAYER = -1
+
+
+class Intercept(Protocol):
+    """Sees and replaces the residual stream at one layer."""
+
+    def __call__(self, x: Residual, layer: int) -> Residual: ...
+
+
+class ForwardPass(NamedTuple):
+    """What a whole forward pass yields."""
+
+    logits: Float[Array, "batch seq vocab"]
+    hidden: Float[Array, "batch seq width"]
+
+
+def look_up(
+    weights: GemmaWeights, token_ids: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq width"]:
+    """Rows of the embedding table, before scaling: what layer −1 means in `score`.
+
+    Ids must lie in [0, V); JAX clamps others silently, so they are checked long before.
+    """
+    return weights.embeddings[token_ids]
+
+
+def scale_embeddings(x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    """``x · sqrt(D)``, the root taken in float32 and rounded to the dtype of ``x`` (spec 1.2)."""
+    return x * jnp.sqrt(jnp.float32(x.shape[-1])).astype(x.dtype)
+
+
+def embed(
+    weights: GemmaWeights, token_ids: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq width"]:
+    """The residual stream before the first block."""
+    return scale_embeddings(look_up(weights, token_ids))
+
+
+def final_hidden(
+    config: GemmaConfig, weights: GemmaWeights, x: Float[Array, "batch seq width"]
+) -> Float[Array, "batch seq width"]:
+    """The residual stream after the final norm."""
+    return rms_norm(x, weights.final_norm, epsilon=config.final_norm_epsilon)
+
+
+def head(
+    config: GemmaConfig, weights: GemmaWeights, x: Float[Array, "batch seq width"]
+) -> Float[Array, "batch seq vocab"]:
+    """Logits from the residual stream after the last block: final norm, tied table, soft cap."""
+    return _unembed(config, weights, final_hidden(config, weights, x))
+
+
+def _unembed(
+    config: GemmaConfig, weights: GemmaWeights, hidden: Float[Array, "batch seq width"]
+) -> Float[Array, "batch seq vocab"]:
+    return soft_cap(projection(hidden, weights.embeddings), config.final_soft_cap)
+
+
+def forward(
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    token_ids: Int[Array, "batch seq"],
+    padding_mask: Bool[Array, "batch seq"],
+    *,
+    adapters: Sequence[Mapping[str, AdapterTerm]] | None = None,
+    intercept: Intercept | None = None,
+) -> ForwardPass:
+    """Logits and final hidden states of whole sequences, without a cache.
+
+    Positions count from the left, padding included, as in keras-hub.
+
+    Args:
+        config: Architecture (static).
+        weights: Of the model.
+        token_ids: In [0, V).
+        padding_mask: False marks padding, anywhere in a row.
+        adapters: For each layer, the low-rank terms of its projections.
+        intercept: Called with the residual stream and its layer, −1 (before scaling) to the last,
+            in order; what it returns is used.
+    """
+    batch, seq = token_ids.shape
+    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
+    x = look_up(weights, token_ids)
+    if intercept is not None:
+        x = intercept(x, EMBEDDING_LAYER)
+    x = scale_embeddings(x)
+    for layer, traits in enumerate(layer_traits(config)):
+        x, _ = block(
+            config,
+            weights.blocks[layer],
+            traits,
+            x,
+            positions,
+            padding_mask=padding_mask,
+            adapters=None if adapters is None else adapters[layer],
+            intervene=None if intercept is None else partial(intercept, layer=layer),
+        )
+    hidden = final_hidden(config, weights, x)
+    return ForwardPass(_unembed(config, weights, hidden), hidden)

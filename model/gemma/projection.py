@@ -1,0 +1,42 @@
+"""The one seam through which every product with a weight matrix goes.
+
+Kernels are ``[out, in]`` and the product is written W · xᵀ. On a CPU that is what makes a few rows
+fast: XLA reads the matrix once, row by row, instead of packing it for a product with a handful of
+columns. The barrier keeps XLA's simplifier from turning the product back into x · Wᵀ.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class AdapterTerm(NamedTuple):
+    """A low-rank addition to one projection, one for each row of the batch.
+
+    The output of head h gains ``(x · a[h]) · b[h]``; any scale (alpha / rank) is already in ``b``.
+    Keras' LoRA repeats one ``b`` for all heads, PEFT's one ``a``; a projection without heads has
+    one.
+    """
+
+    a: Float[Array, "batch heads in_width rank"]
+    b: Float[Array, "batch heads rank out_per_head"]
+
+
+def projection(
+    x: Float[Array, "batch seq in_width"],
+    kernel: Float[Array, "out_width in_width"],
+    adapter: AdapterTerm | None = None,
+) -> Float[Array, "batch seq out_width"]:
+    """``x · kernelᵀ``, plus the adapter term of each row if there is one."""
+    batch, seq, in_width = x.shape
+    columns = x.reshape(batch * seq, in_width)
+    product = jax.lax.dot_general(kernel, columns, (((1,), (1,)), ((), ())))  # [out, B·L]
+    product = jax.lax.optimization_barrier(product)
+    y = product.T.reshape(batch, seq, kernel.shape[0])
+    if adapter is None:
+        return y
+    low = jnp.einsum("bli,bnir->blnr", x, adapter.a)
+    added = jnp.einsum("blnr,bnro->blno", low, adapter.b)
+    return y + added.reshape(y.shape)

@@ -1,0 +1,178 @@
+"""The cache of converted presets: every container format ends as one safetensors file.
+
+Life of an entry, ``<cache_dir>/presets/<key>/``: written in a hidden directory beside it, each
+file synced, the manifest last; renamed into place in one step; read any number of times; renamed
+away and written again if it turns out to be damaged. There is never half an entry. The key comes
+from the path, size, times and inode of the source files, so a warm start opens none of them.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from model.config import GemmaConfig
+from model.errors import PresetError, PresetFileInvalid
+from model.gemma.weights import num_parameters, weight_specs
+from model.presets.converted_entry import (
+    FORMAT_VERSION,
+    TOKENIZER,
+    WEIGHTS,
+    DamagedEntry,
+    SourceFile,
+    check_entry,
+    write_manifest,
+)
+from model.presets.entry_directory import (
+    discard,
+    install,
+    locked,
+    make_private_directory,
+    staging_directory,
+    write_synced,
+)
+from model.presets.reader import PresetReader
+from model.presets.regular_file import read_regular_file
+from model.presets.safetensors_file import write_safetensors
+from model.presets.safetensors_header import check_safetensors
+from model.progress import Progress, no_progress
+
+_MAX_TOKENIZER_BYTES = 16 << 20
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedPreset:
+    """A preset whose weights are one checked, memory-mapped file.
+
+    Attributes:
+        config: The architecture.
+        directory: The cache entry.
+        preset_digest: SHA-256 over the contents of the source files, in hexadecimal. It does not
+            depend on where they are, so adapters and caches name their base model by it.
+    """
+
+    config: GemmaConfig
+    directory: Path
+    preset_digest: str
+
+    def tokenizer_proto(self) -> bytes:
+        """The SentencePiece model."""
+        return read_regular_file(self.directory, TOKENIZER, _MAX_TOKENIZER_BYTES)
+
+    def arrays(
+        self, *, progress: Progress = no_progress
+    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Name and run-time array of every weight, in the order of `weight_specs`."""
+        return load_arrays(self.directory / WEIGHTS, self.config, progress=progress)
+
+
+def convert(
+    reader: PresetReader, cache_dir: Path, *, progress: Progress = no_progress
+) -> ConvertedPreset:
+    """The preset of ``reader``, from the cache if it is there, else converted into it.
+
+    Any number of processes may do this at once; whoever is first to finish writes the entry, the
+    others use it.
+
+    Raises:
+        PresetError: The source cannot be read, changed meanwhile, or the cache cannot be written.
+    """
+    root = cache_dir / "presets"
+    try:
+        make_private_directory(root)
+        key = _source_key(reader.source_files)
+        preset = _open_or_discard(root, key, reader.config)
+        if preset is None:
+            _write_entry(reader, root, key, progress)
+            preset = _open(root / key, key, reader.config)
+    except DamagedEntry as damage:
+        raise PresetError(
+            f"The preset was just converted, yet {damage} Check the disk below {root}."
+        ) from damage
+    except OSError as error:
+        raise PresetError(
+            f"The preset cannot be converted in {root}: {error.strerror or error}. It needs "
+            f"{8 * num_parameters(reader.config):,} bytes for a while and half of them for good."
+        ) from error
+    assert preset is not None, "the entry was installed and nobody removes sound entries"
+    return preset
+
+
+def load_arrays(
+    path: Path, config: GemmaConfig, *, progress: Progress = no_progress
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Name and array of every weight in a safetensors file of this model, in float32.
+
+    Raises:
+        PresetFileMissing, PresetFileInvalid: The file does not hold exactly these weights.
+    """
+    specs = list(weight_specs(config))
+    check_safetensors(path, specs)
+    total = 4.0 * num_parameters(config)
+    done = 0.0
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            for spec in specs:
+                array = np.ascontiguousarray(tensors.get_tensor(spec.name), dtype=np.float32)
+                done += array.nbytes
+                yield spec.name, array
+                progress("load", done, total)
+    except SafetensorError as error:
+        raise PresetFileInvalid(f"{path} cannot be read: {error!s:.160}.") from error
+
+
+def _source_key(source_files: tuple[Path, ...]) -> str:
+    """Changes whenever a source file may have changed, judging by what costs no reading."""
+    digest = hashlib.sha256(f"format {FORMAT_VERSION}\n".encode())
+    for path in source_files:
+        resolved = path.resolve()
+        facts = resolved.stat()
+        stamp = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+        digest.update(f"{str(resolved)!a} {stamp}\n".encode())
+    return digest.hexdigest()
+
+
+def _open(entry: Path, key: str, config: GemmaConfig) -> ConvertedPreset | None:
+    """The entry, or None if there is none. Raises `DamagedEntry`."""
+    if not entry.is_symlink() and not entry.exists():
+        return None
+    return ConvertedPreset(config, entry, check_entry(entry, key, config))
+
+
+def _open_or_discard(root: Path, key: str, config: GemmaConfig) -> ConvertedPreset | None:
+    """The entry, or None after removing a damaged one."""
+    entry = root / key
+    try:
+        return _open(entry, key, config)
+    except DamagedEntry:
+        pass
+    with locked(root):
+        # Another process may have replaced it since; a sound entry must not be pulled from under
+        # its feet, so the decision is made again where nobody else can make it.
+        try:
+            return _open(entry, key, config)
+        except DamagedEntry as damage:
+            _logger.warning("A converted preset is thrown away and made again: %s", damage)
+            discard(entry)
+    return None
+
+
+def _write_entry(reader: PresetReader, root: Path, key: str, progress: Progress) -> None:
+    with staging_directory(root) as staging:
+        write_synced(staging / TOKENIZER, reader.tokenizer_proto())
+        write_safetensors(staging / WEIGHTS, reader, progress=progress)
+        sources = [SourceFile.of(path) for path in reader.source_files]
+        if _source_key(reader.source_files) != key:
+            raise PresetFileInvalid(
+                f"{reader.source_files[0].parent} changed while it was being converted; try again "
+                "when its files are complete."
+            )
+        write_manifest(staging, key, reader.config, sources)
+        install(staging, root / key)

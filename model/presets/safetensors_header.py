@@ -1,0 +1,111 @@
+"""Checks the header of a safetensors file before the library opens it.
+
+The library is safe against memory faults but not against cost: a million empty tensors in a
+header keep it busy for seconds and take a gigabyte. So the header is bounded, counted and parsed
+here first, and must describe exactly the arrays that the caller knows.
+
+A file is an 8-byte little-endian length, a JSON header of that length, and the data.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from model.errors import PresetFileInvalid
+from model.gemma.weights import WeightSpec
+from model.presets.regular_file import open_regular_file
+from model.presets.strict_json import parse_object
+
+_MAX_HEADER_BYTES = 4 << 20
+_MAX_TENSORS = 20_000
+_MAX_RANK = 8
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+# Most often these occur in a header of _MAX_TENSORS tensors. Counting them bounds what the parser
+# can allocate: four megabytes of "[],[],[]" would otherwise become a million lists.
+_MAX_COUNTS = {
+    b":": 4 * _MAX_TENSORS + 64,
+    b"[": 2 * _MAX_TENSORS,
+    b"{": _MAX_TENSORS + 2,
+    b",": (4 + _MAX_RANK) * _MAX_TENSORS,
+}
+
+
+def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> None:
+    """Checks that ``path`` holds exactly the arrays ``specs`` and not one byte more.
+
+    Raises:
+        PresetFileMissing: There is no such file.
+        PresetFileInvalid: The message names the file and, where there is one, the tensor.
+    """
+    with open_regular_file(path.parent, path.name) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if file_bytes < 8 or not 2 <= length <= min(file_bytes - 8, _MAX_HEADER_BYTES):
+            raise PresetFileInvalid(
+                f"{path} is not safetensors: its header has {length:,} bytes, the file "
+                f"{file_bytes:,}, and a header at most {_MAX_HEADER_BYTES:,}."
+            )
+        raw_header = file.read(length)
+    for symbol, most in _MAX_COUNTS.items():
+        if raw_header.count(symbol) > most:
+            raise PresetFileInvalid(
+                f"{path}: the header describes more than {_MAX_TENSORS} tensors."
+            )
+    header = parse_object(raw_header, f"{path}: the header")
+    header.pop("__metadata__", None)
+    _check_tensors(path, header, data_bytes=file_bytes - 8 - length, specs=specs)
+
+
+def _check_tensors(
+    path: Path, header: dict[str, object], *, data_bytes: int, specs: Iterable[WeightSpec]
+) -> None:
+    shapes = {spec.name: spec.shape for spec in specs}
+    for name in sorted(shapes.keys() - header.keys()):
+        raise PresetFileInvalid(f"{path}: tensor {name} is missing.")
+    for name in sorted(header.keys() - shapes.keys()):
+        raise PresetFileInvalid(f"{path}: tensor {name!r:.80} does not belong to the model.")
+    ranges = sorted(_byte_range(path, name, header[name], shapes[name]) for name in shapes)
+    end = 0
+    for start, stop in ranges:
+        if start != end:
+            raise PresetFileInvalid(f"{path}: its tensors overlap or leave a gap at byte {end:,}.")
+        end = stop
+    if end != data_bytes:
+        raise PresetFileInvalid(
+            f"{path} has {data_bytes:,} bytes of data, its header describes {end:,}; the file is "
+            "truncated or has been extended."
+        )
+
+
+def _byte_range(path: Path, name: str, entry: object, shape: tuple[int, ...]) -> tuple[int, int]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise PresetFileInvalid(f"{path}: tensor {name} is not described by dtype, shape, offsets.")
+    dtype, found_shape = entry["dtype"], _naturals(entry["shape"])
+    offsets = _naturals(entry["data_offsets"])
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise PresetFileInvalid(
+            f"{path}: tensor {name} has dtype {dtype!r:.40}; only {', '.join(_ITEM_BYTES)} "
+            "are read."
+        )
+    if found_shape is None or len(found_shape) > _MAX_RANK or found_shape != shape:
+        raise PresetFileInvalid(
+            f"{path}: tensor {name} has shape {entry['shape']!r:.80}, the config implies "
+            f"{list(shape)}."
+        )
+    num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    if offsets is None or len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
+        raise PresetFileInvalid(
+            f"{path}: tensor {name} needs {num_bytes:,} bytes, its offsets are "
+            f"{entry['data_offsets']!r:.80}."
+        )
+    return offsets[0], offsets[1]
+
+
+def _naturals(value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, list):
+        return None
+    if not all(type(item) is int and item >= 0 for item in value):
+        return None
+    return tuple(value)

@@ -1,0 +1,1 @@
+"""Choosing the next token: distribution rules as pure functions, and how one is drawn."""

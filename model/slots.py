@@ -1,0 +1,161 @@
+"""What an engine does, in plain Python: the interface between the worker's loop and a model.
+
+An engine owns a fixed number of slots, each holding the cache of one sequence. A sequence of n
+prompt tokens lives like this::
+
+    prefill(slot, token_ids[0:n-1] in chunks)      writes their keys and values
+    decode([..., row(token n-1), ...])             yields token n, together with other rows
+    decode([..., row(token n), ...])               yields token n+1, and so on
+
+The last prompt token is decoded, not prefilled, so every token is sampled by one program. Nothing
+needs to be freed: a new sequence overwrites what it can see.
+
+Only the standard library is imported here, so that a fake engine is a few lines of integers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from model.progress import Progress
+
+MAX_LOGPROBS = 20
+MAX_BANNED_IDS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a worker is asked to load.
+
+    Attributes:
+        preset: Built-in name or path.
+        num_slots: Sequences that decode at once.
+        context_tokens: Positions per slot, prompt and completion together.
+        cache_dir: Converted weights and compiled programs.
+    """
+
+    preset: str
+    num_slots: int
+    context_tokens: int
+    cache_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was loaded, for `/info`. ``programs`` are the compiled programs by name."""
+
+    preset: str
+    preset_digest: str
+    family: str
+    is_instruct: bool
+    num_parameters: int
+    dtype: str
+    backend: str
+    device: str
+    kernels: tuple[str, ...]
+    context_tokens: int
+    num_slots: int
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    chunk_tokens: int
+    buckets: dict[str, list[int]] = field(default_factory=dict)
+    programs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one sequence draws; see `model.samplers.draw`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One row of a decode step.
+
+    Attributes:
+        slot: Whose cache holds the tokens before this one.
+        token_id: The newest token; its successor is asked for.
+        position: Of ``token_id`` in its sequence.
+        sampling: How the successor is drawn.
+        banned_ids: At most `MAX_BANNED_IDS` ids that must not be drawn at this step.
+        num_logprobs: None, or how many alternatives (0 to `MAX_LOGPROBS`) come with the token.
+    """
+
+    slot: int
+    token_id: int
+    position: int
+    sampling: Sampling
+    banned_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What a decode step yields for one row.
+
+    Attributes:
+        token_id: The drawn token.
+        logprob: Of the token under the model's own distribution; None if not asked for.
+        top: The likeliest (id, logprob) pairs, best first.
+        is_finite: False if the logits held NaN or infinity; nothing else is valid then.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    is_finite: bool = True
+
+
+class TextCodec(Protocol):
+    """Text to ids and ids to bytes."""
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion unless the request says otherwise."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without bos."""
+
+    def piece(self, token_id: int) -> str:
+        """The token as it is written in the vocabulary."""
+
+    def piece_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token adds to a text; none for pad, bos and eos."""
+
+
+class Engine(Protocol):
+    """A loaded model. One thread calls it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def codec(self) -> TextCodec: ...
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled, or fetched from the compile cache, since the process started."""
+
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Writes one chunk; ``start`` is a multiple of ``info.chunk_tokens``."""
+
+    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
+        """One step for 1 to ``info.num_slots`` rows, in any order of slots."""
+
+    def clear(self, slot: int) -> None:
+        """Forgets a slot that holds NaN, which even a hidden key would spread."""
+
+
+EngineLoader = Callable[[EngineOptions, Progress], Engine]

@@ -1,0 +1,288 @@
+"""POST /generate: whole, or as server-sent events.
+
+No status line leaves before the worker has admitted the request, so a refusal is always a real HTTP
+status. What goes wrong after the first byte of a stream is an ``error`` event.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing, suppress
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service.api import sse
+from service.api.answers import OutputCollector, done_event, seeds, token_event
+from service.api.problems import request_id
+from service.api.route import StrictRoute
+from service.api.schemas import GenerateRequest, GenerateResponse
+from service.api.state import ServiceState, State
+from service.errors import (
+    BodyTooLarge,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    FieldError,
+    InternalError,
+    InvalidField,
+    Loading,
+    MalformedJson,
+    NotAcceptable,
+    NumericalError,
+    QueueFull,
+    ServiceError,
+    UnsupportedMediaType,
+    WorkerRestarting,
+    error_responses,
+    problem,
+)
+from service.observability import GenerationMeter
+from service.protocol.messages import Finished, Generate, Piece, SamplingParameters, StopRules
+from service.worker_client import Generation
+
+router = APIRouter(route_class=StrictRoute)
+
+# Until keys come there is one tenant.
+_TENANT = "default"
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    responses={
+        200: {
+            "description": "The completions; with `stream`, events `start`, `token`*, then `done` "
+            "or `error`.",
+            "content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}},
+        },
+        **error_responses(
+            MalformedJson,
+            NotAcceptable,
+            BodyTooLarge,
+            UnsupportedMediaType,
+            InvalidField,
+            ContextLengthExceeded,
+            QueueFull,
+            NumericalError,
+            InternalError,
+            Loading,
+            WorkerRestarting,
+            DeadlineExceeded,
+        ),
+    },
+)
+async def generate(body: GenerateRequest, request: Request, state: State) -> Any:
+    """Generates text from one or several prompts."""
+    _check_accept(request, sse.MEDIA_TYPE if body.stream else "application/json")
+    meter = GenerationMeter(state.metrics, streaming=body.stream)
+    command = _command(body, state)
+    try:
+        generation = await state.worker.start(command)
+    except ServiceError as error:
+        meter.failed(error.code)
+        raise _with_pointers_of(body, error) from None
+    except BaseException:
+        meter.abandoned()
+        raise
+    meter.admitted(sum(generation.accepted.num_prompt_tokens))
+    answer = Answer(body, command, generation, state, meter, request_id(request.scope))
+    if body.stream:
+        return GenerationStream(answer)
+    return await _whole(answer, request)
+
+
+class Answer:
+    """One admitted request and everything that its answer is made of."""
+
+    def __init__(
+        self,
+        body: GenerateRequest,
+        command: Generate,
+        generation: Generation,
+        state: ServiceState,
+        meter: GenerationMeter,
+        http_request_id: str,
+    ) -> None:
+        self.id = command.request_id
+        self.http_request_id = http_request_id
+        self.model = state.settings.served_name
+        self.num_choices = body.n
+        self.seeds = seeds(command)
+        self.generation = generation
+        self.ping_seconds = state.settings.ping_seconds
+        self.meter = meter
+
+    @property
+    def num_prompt_tokens(self) -> tuple[int, ...]:
+        return self.generation.accepted.num_prompt_tokens
+
+    async def next_pieces(self) -> list[Piece]:
+        """New pieces, measured; empty after the last."""
+        try:
+            pieces = await self.generation.next_pieces()
+        except ServiceError as error:
+            self.meter.failed(error.code)
+            raise
+        for piece in pieces:
+            if piece.token_ids:
+                self.meter.tokens(piece.output, len(piece.token_ids))
+        return pieces
+
+    @property
+    def finished(self) -> Finished:
+        """How it ended, once there are no more pieces."""
+        finished = self.generation.finished
+        assert finished is not None, "the pieces ended without Finished or an error"
+        return finished
+
+    def close(self) -> None:
+        """Ends the measuring and, if it is still running, the request; see `Generation.close`."""
+        finished = self.generation.finished
+        if finished is not None:
+            reasons = [output.finish_reason for output in finished.outputs]
+            self.meter.finished(list(reasons), finished.timings.queue_seconds)
+        elif self.generation.is_running:
+            self.meter.abandoned()
+        self.generation.close()
+
+
+async def _whole(answer: Answer, request: Request) -> Response:
+    """The answer in one piece; a client that leaves meanwhile frees its slots."""
+    with closing(answer):
+        collecting = asyncio.create_task(_collect(answer))
+        leaving = asyncio.create_task(_disconnect(request))
+        try:
+            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return Response(status_code=499)  # nobody reads it
+            return await collecting
+        finally:
+            for task in (collecting, leaving):
+                task.cancel()
+                with suppress(asyncio.CancelledError, ServiceError):
+                    await task
+
+
+async def _collect(answer: Answer) -> Response:
+    collector = OutputCollector(answer.num_choices, answer.seeds)
+    while pieces := await answer.next_pieces():
+        collector.add(pieces)
+    body = GenerateResponse(
+        id=answer.id,
+        model=answer.model,
+        created=datetime.now(UTC),
+        outputs=collector.outputs(answer.finished),
+        usage=collector.usage(answer.num_prompt_tokens),
+        timings=collector.timings(answer.finished),
+    )
+    return Response(
+        body.model_dump_json(), media_type="application/json", headers={"X-Model": answer.model}
+    )
+
+
+async def _disconnect(request: Request) -> None:
+    """Returns when the client has left. Without this a handler would run on for nobody."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+class GenerationStream(StreamingResponse):
+    """A generation as server-sent events. Owns it: however the response ends, it is closed.
+
+    Closing in the body's own ``finally`` would not do: a client that leaves before the first byte
+    leaves a generator that never started, and its ``finally`` never runs.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        headers = {**sse.HEADERS, "X-Model": answer.model}
+        super().__init__(_frames(answer), media_type=sse.MEDIA_TYPE, headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with closing(self._answer):
+            await super().__call__(scope, receive, send)
+
+
+async def _frames(answer: Answer) -> AsyncIterator[bytes]:
+    event_id = 0
+    start = {
+        "id": answer.id,
+        "model": answer.model,
+        "prompt_tokens": answer.num_prompt_tokens,
+        "seeds": answer.seeds,
+    }
+    yield sse.frame("start", start, event_id)
+    try:
+        while True:
+            waiting = asyncio.ensure_future(answer.next_pieces())
+            try:
+                while not (await asyncio.wait((waiting,), timeout=answer.ping_seconds))[0]:
+                    yield sse.PING
+                pieces = await waiting
+            finally:
+                waiting.cancel()
+            if not pieces:
+                break
+            for data in token_event(pieces, answer.num_choices):
+                event_id += 1
+                yield sse.frame("token", data, event_id)
+    except ServiceError as error:
+        yield sse.frame("error", problem(error, answer.http_request_id), event_id + 1)
+        return
+    yield sse.frame(
+        "done",
+        done_event(answer.finished, answer.num_choices, answer.num_prompt_tokens),
+        event_id + 1,
+    )
+
+
+def _command(body: GenerateRequest, state: ServiceState) -> Generate:
+    prompts = tuple(
+        prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompts()
+    )
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    return Generate(
+        request_id=f"gen_{uuid4().hex}",
+        tenant=_TENANT,
+        deadline=time.monotonic() + state.settings.request_timeout_seconds,
+        adapter=None,
+        prompts=prompts,
+        num_choices=body.n,
+        sampling=SamplingParameters(body.temperature, body.top_k, body.top_p, seed),
+        stop=StopRules(
+            max_tokens=body.max_tokens,
+            min_tokens=body.min_tokens,
+            strings=tuple(body.stop),
+            token_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+        ),
+        num_logprobs=body.logprobs,
+    )
+
+
+def _with_pointers_of(body: GenerateRequest, error: ServiceError) -> ServiceError:
+    """The worker counts prompts even where the body holds one that stands alone."""
+    is_alone = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    if is_alone:
+        error.errors = tuple(
+            FieldError(field.pointer.replace("/prompt/0", "/prompt", 1), field.detail)
+            for field in error.errors
+        )
+    return error
+
+
+def _check_accept(request: Request, media_type: str) -> None:
+    """Refuses a client that says it cannot read what it asked for."""
+    accept = request.headers.get("accept")
+    if accept is None:
+        return
+    ranges = {part.split(";")[0].strip().lower() for part in accept.split(",")}
+    if not ranges & {media_type, media_type.split("/")[0] + "/*", "*/*"}:
+        raise NotAcceptable(f"This request is answered as {media_type}; Accept does not allow it.")

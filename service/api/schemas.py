@@ -1,0 +1,314 @@
+"""What the native routes take and give. Each number has a closed range, checked here first.
+
+Ranges that depend on the loaded model (its context, its vocabulary) are wider here than there;
+the worker's admission has the last word.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+MAX_PROMPTS = 64
+MAX_COMPLETIONS = 64
+MAX_TOKENS = 1_048_576
+MAX_VOCABULARY = 1_048_576
+MAX_STOP_BYTES = 64
+# Far above the fields of any request: bounds the work of listing the unknown ones.
+MAX_FIELDS = 64
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _refusal(location: tuple[int | str, ...], detail: str) -> ValidationError:
+    """The error for one place below the value that is being validated."""
+    error = PydanticCustomError("invalid_field", "{detail}", {"detail": detail})
+    # The value itself is left out: errors never repeat input.
+    line = InitErrorDetails(type=error, loc=location, input=None)
+    return ValidationError.from_exception_data("request", [line])
+
+
+def _check_token_ids(token_ids: list[Any], location: tuple[int, ...]) -> None:
+    # Three passes in C for the honest case: a body holds some 10^5 ids.
+    has_only_ints = set(map(type, token_ids)) == {int}
+    if has_only_ints and min(token_ids) >= 0 and max(token_ids) < MAX_VOCABULARY:
+        return
+    for position, token_id in enumerate(token_ids):
+        # Not isinstance: a bool is an int.
+        if type(token_id) is not int:
+            raise _refusal((*location, position), "should be a token id")
+        if not 0 <= token_id < MAX_VOCABULARY:
+            raise _refusal((*location, position), f"should be in [0, {MAX_VOCABULARY})")
+
+
+def _check_prompt(value: object) -> object:
+    """Refuses what is no prompt, with the pointer of the first thing wrong."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _refusal((), "should be a string, or a list of strings, of token ids or of lists")
+    if not value:
+        raise _refusal((), "should not be empty")
+    kind = type(value[0])
+    if kind is int:
+        _check_token_ids(value, ())
+        return value
+    if kind not in (str, list):
+        raise _refusal((0,), "should be a string, a token id or a list of token ids")
+    if len(value) > MAX_PROMPTS:
+        raise _refusal((), f"should have at most {MAX_PROMPTS} prompts")
+    for index, row in enumerate(value):
+        if type(row) is not kind:
+            raise _refusal((index,), "should be of the same kind as the first prompt")
+        if row == []:
+            raise _refusal((index,), "should have at least one token id")
+        if isinstance(row, list):
+            _check_token_ids(row, (index,))
+    return value
+
+
+def _check_stop_bytes(stop: str) -> str:
+    if len(stop.encode()) > MAX_STOP_BYTES:
+        raise PydanticCustomError("invalid_field", "should have at most 64 bytes of UTF-8")
+    return stop
+
+
+_TEXT_SCHEMA = {"type": "string"}
+_TOKEN_IDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_VOCABULARY},
+    "minItems": 1,
+}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        {
+            "type": "array",
+            "items": _TEXT_SCHEMA,
+            "minItems": 1,
+            "maxItems": MAX_PROMPTS,
+        },
+        _TOKEN_IDS_SCHEMA,
+        {
+            "type": "array",
+            "items": _TOKEN_IDS_SCHEMA,
+            "minItems": 1,
+            "maxItems": MAX_PROMPTS,
+        },
+    ]
+}
+
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_check_prompt),
+    WithJsonSchema(_PROMPT_SCHEMA),
+]
+TokenId = Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]
+StopString = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_STOP_BYTES),
+    AfterValidator(_check_stop_bytes),
+]
+
+
+class GenerateRequest(_Model):
+    """One or more prompts and how to continue them."""
+
+    prompt: Prompt = Field(
+        description="A text, a list of texts, the token ids of one prompt, or a list of those. "
+        "`<bos>` is put in front of text, and token ids are taken as they are. "
+        "At most 64 prompts, and prompts times `n` at most 64."
+    )
+    max_tokens: int = Field(
+        128,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Most tokens of a completion. With the prompt it must fit the context.",
+    )
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        le=MAX_TOKENS,
+        description="Fewest tokens of a completion before it may stop; at most `max_tokens`.",
+    )
+    temperature: float = Field(
+        1.0, ge=0, le=5, description="Divides the logits before drawing; 0 is greedy."
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        le=MAX_VOCABULARY,
+        description="Draw from the k likeliest tokens; 0 is all of them.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Draw from the fewest likeliest tokens that hold this share of probability.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None,
+        description="Seed of the first output; output k uses (seed + k) mod 2**32. "
+        "Null: the server draws one. It is always returned.",
+    )
+    n: int = Field(1, ge=1, le=8, description="Completions of each prompt.")
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None,
+        description="Alternatives to list with the log-probability of each token, under the "
+        "model's own distribution. Null: no log-probabilities.",
+    )
+    stop: list[StopString] = Field(
+        default_factory=list,
+        max_length=8,
+        description="Texts that end a completion, each of at most 64 bytes of UTF-8; cut from "
+        "the returned text.",
+    )
+    stop_token_ids: list[TokenId] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Token ids that end a completion.",
+    )
+    ignore_eos: bool = Field(
+        False, description="Go on past the model's own end tokens; `stop` still holds."
+    )
+    stream: bool = Field(False, description="Answer with server-sent events as tokens come.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_field_count(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise _refusal((), f"should have at most {MAX_FIELDS} fields")
+        return data
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> "GenerateRequest":
+        if self.min_tokens > self.max_tokens:
+            raise _refusal(("min_tokens",), f"should be at most max_tokens, {self.max_tokens}")
+        if len(self.prompts()) * self.n > MAX_COMPLETIONS:
+            raise _refusal(("n",), f"times the prompts should be at most {MAX_COMPLETIONS}")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, whichever of its four forms ``prompt`` has."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        rows: list[Any] = self.prompt
+        return [rows] if type(rows[0]) is int else rows
+
+
+def field_limits() -> dict[str, dict[str, float]]:
+    """The closed range of every number of `GenerateRequest`, read from the schema itself."""
+    keywords = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "maxItems")
+    limits = {}
+    for name, schema in GenerateRequest.model_json_schema()["properties"].items():
+        variants = [schema, *schema.get("anyOf", [])] if name != "prompt" else []
+        found = {key: part[key] for part in variants for key in keywords if key in part}
+        if found:
+            limits[name] = found
+    return limits
+
+
+class TopLogprob(_Model):
+    """A token that could have stood in this place."""
+
+    id: int
+    token: str = Field(description="The token as text; may be a part of a character.")
+    bytes: list[int] = Field(description="The token's UTF-8 bytes.")
+    logprob: float = Field(description="Natural logarithm, under the model's own distribution.")
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the completion, with the likeliest ones in its place."""
+
+    top: list[TopLogprob]
+
+
+class Output(_Model):
+    """One completion of one prompt."""
+
+    prompt_index: int
+    index: int = Field(description="Which of the prompt's `n` completions.")
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "timeout", "cancelled"]
+    stop_reason: str | int | None = Field(description="The stop string or token id that ended it.")
+    seed: int = Field(description="Sent alone with this seed, the prompt gives this output again.")
+    logprobs: list[TokenLogprob] | None
+
+
+class Usage(_Model):
+    prompt_tokens: int
+    cached_tokens: int = Field(description="Prompt tokens whose keys and values were cached.")
+    completion_tokens: int
+
+
+class Timings(_Model):
+    queue_s: float = Field(description="Seconds from arrival to a slot.")
+    ttft_s: float | None = Field(
+        description="Seconds from arrival to the first token; null if there was none."
+    )
+    total_s: float = Field(description="Seconds from arrival to the last token.")
+
+
+class GenerateResponse(_Model):
+    id: str
+    model: str = Field(description="The model as resolved, with its version.")
+    created: AwareDatetime
+    outputs: list[Output]
+    usage: Usage
+    timings: Timings
+
+
+class Health(_Model):
+    """The process is alive. Says nothing about the worker."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(_Model):
+    ready: bool
+    reason: (
+        Literal["loading", "compiling", "draining", "worker_hung", "worker_restarting"] | None
+    ) = Field(None, description="Why it is not ready.")
+    progress: float | None = Field(
+        None, ge=0, le=1, description="Share of loading and compiling that is done."
+    )
+
+
+class Info(_Model):
+    """What is served, on what, and within which limits."""
+
+    model: str
+    preset: str
+    preset_digest: str
+    family: str
+    instruct: bool
+    parameters: int
+    dtype: str
+    quantization: str | None
+    backend: str
+    device: str
+    kernels: list[str]
+    context_tokens: int
+    slots: int
+    vocabulary_size: int
+    layers: int
+    hidden_dim: int
+    limits: dict[str, Any]
+    buckets: dict[str, Any]
+    programs: list[str]
+    defaults: dict[str, Any]
+    version: str

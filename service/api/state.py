@@ -1,0 +1,51 @@
+"""What the routes need of the service, handed to them by the application."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, cast
+
+from fastapi import Depends, Request
+
+from service.observability import Metrics
+from service.protocol.messages import ServerInfo
+from service.settings import Settings
+from service.worker_client import WorkerClient
+
+NotReadyReason = Literal["loading", "compiling", "draining", "worker_hung", "worker_restarting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether work is taken; if not, why, and how much of the loading is done (0 to 1)."""
+
+    reason: NotReadyReason | None = None
+    progress: float | None = None
+
+
+class WorkerView(Protocol):
+    """What may be asked about the worker without asking the worker."""
+
+    @property
+    def info(self) -> ServerInfo | None:
+        """What is loaded, from the first time it is ready."""
+
+    def readiness(self) -> Readiness: ...
+
+    def refresh_gauges(self, metrics: Metrics) -> None:
+        """Sets the gauges that are only known when asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """Everything that a route may use."""
+
+    settings: Settings
+    worker: WorkerClient
+    view: WorkerView
+    metrics: Metrics
+
+
+def _state(request: Request) -> ServiceState:
+    return cast(ServiceState, request.app.state.service)
+
+
+State = Annotated[ServiceState, Depends(_state)]

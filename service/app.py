@@ -1,0 +1,44 @@
+"""Builds the HTTP application. No module-level ``app``: tests build their own."""
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from service.api import generate, ops, problems
+from service.api.state import ServiceState
+from service.edge import edge_middleware
+from service.observability import CountRequests
+from service.version import VERSION
+
+_DESCRIPTION = """\
+Serves one Gemma preset. Errors are `application/problem+json` (RFC 9457), streams are server-sent
+events, times are seconds.
+"""
+
+
+def create_app(state: ServiceState) -> FastAPI:
+    """The application over one worker.
+
+    Args:
+        state: Everything that the routes use.
+    """
+    settings = state.settings
+    app = FastAPI(
+        title="Gemma service",
+        description=_DESCRIPTION,
+        version=VERSION,
+        # A redirect would be built from the Host header, which a client chooses.
+        redirect_slashes=False,
+        openapi_url="/openapi.json" if settings.docs else None,
+        middleware=[
+            Middleware(CountRequests, metrics=state.metrics),
+            *edge_middleware(
+                max_body_bytes=settings.body_bytes,
+                body_timeout_seconds=settings.body_timeout_seconds,
+            ),
+        ],
+    )
+    app.state.service = state
+    app.include_router(generate.router)
+    app.include_router(ops.router)
+    problems.install(app)
+    return app

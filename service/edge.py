@@ -1,0 +1,226 @@
+"""What a request passes before any of our handlers: pure ASGI, outermost first.
+
+    RequestId -> UnhandledErrors -> BodyGuard -> routes
+
+``BodyGuard`` takes the whole body off the wire and hands it on in one piece, so that size and
+time are bounded in one place and a refusal needs no help from the application. What comes
+after the body, a disconnect that is, still reaches the application's ``receive``.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterable
+from uuid import uuid4
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import problem_response, request_id, unhandled
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    MalformedJson,
+    RequestError,
+    UnsupportedMediaType,
+)
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_DIGITS = re.compile(rb"[0-9]{1,19}")
+_LINGER_SECONDS = 1.0
+
+
+def edge_middleware(
+    *, max_body_bytes: int, body_timeout_seconds: float, max_body_chunks: int = 4096
+) -> list[Middleware]:
+    """The middlewares in their only right order, for ``FastAPI(middleware=...)``."""
+    return [
+        Middleware(RequestId),
+        Middleware(UnhandledErrors),
+        Middleware(
+            BodyGuard,
+            max_body_bytes=max_body_bytes,
+            body_timeout_seconds=body_timeout_seconds,
+            max_body_chunks=max_body_chunks,
+        ),
+    ]
+
+
+class RequestId:
+    """Gives every request an id, the client's own if it is a plain one, and sends it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        offered = _header(scope, b"x-request-id")
+        if offered is None or not _REQUEST_ID.fullmatch(offered):
+            offered = uuid4().hex.encode()
+        identifier = offered
+        scope.setdefault("state", {})["request_id"] = identifier.decode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"]
+                message = {
+                    **message,
+                    "headers": [*others, (b"x-request-id", identifier)],
+                }
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class UnhandledErrors:
+    """Answers 500 for an exception that nothing else handles, and logs it with the id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        has_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except Exception as exception:
+            error = unhandled(exception, request_id(scope))
+            if has_started:
+                # Too late for a status: the server cuts the connection, which is the one sign
+                # left that the response is not whole.
+                raise
+            await problem_response(error, request_id(scope))(scope, receive, send)
+
+
+class BodyGuard:
+    """Bounds the body in bytes, pieces and seconds, and refuses what is not JSON by its header.
+
+    Pieces are counted because a body of one-byte chunks costs far more than its bytes.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        body_timeout_seconds: float,
+        max_body_chunks: int,
+    ) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.body_timeout_seconds = body_timeout_seconds
+        self.max_body_chunks = max_body_chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        error: RequestError
+        try:
+            self._check_head(scope)
+            async with asyncio.timeout(self.body_timeout_seconds):
+                body = await self._read(receive)
+        except TimeoutError:
+            error = BodyTimeout(f"The body took longer than {self.body_timeout_seconds:g} s.")
+        except RequestError as refusal:
+            error = refusal
+        else:
+            if body is not None:
+                await self.app(scope, _body_then(body, receive), send)
+            return
+        await _refuse(error, scope, receive, send)
+
+    def _check_head(self, scope: Scope) -> None:
+        length = _header(scope, b"content-length")
+        is_chunked = _header(scope, b"transfer-encoding") is not None
+        if length is not None and is_chunked:
+            # Two proxies may disagree on where this body ends: request smuggling.
+            raise MalformedJson("Content-Length and Transfer-Encoding exclude each other.")
+        if length is not None and not _DIGITS.fullmatch(length):
+            raise MalformedJson("Content-Length is not a number of bytes.")
+        num_bytes = int(length or 0)
+        if num_bytes > self.max_body_bytes:
+            raise self._too_large()
+        media_type = _header(scope, b"content-type")
+        if media_type is None and num_bytes == 0 and not is_chunked:
+            # No body at all: the route says what that means (405, or an empty body).
+            return
+        if scope["method"] == "POST" and not _is_json(media_type):
+            raise UnsupportedMediaType("Send the body as application/json.")
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body, or None if the client left before its end."""
+        body = bytearray()
+        for _ in range(self.max_body_chunks):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self.max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+        raise BodyTooLarge(f"The body came in more than {self.max_body_chunks} pieces.")
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The body has more than {self.max_body_bytes} bytes.")
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
+    return next((value for key, value in headers if key == name), None)
+
+
+def _is_json(media_type: bytes | None) -> bool:
+    return (media_type or b"").partition(b";")[0].strip().lower() == b"application/json"
+
+
+def _body_then(body: bytes, receive: Receive) -> Receive:
+    is_replayed = False
+
+    async def replay() -> Message:
+        nonlocal is_replayed
+        if is_replayed:
+            return await receive()
+        is_replayed = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends the problem whole, then discards the rest of the body for a moment, then closes.
+
+    Closing at once would reset the connection under a client that is still sending, and it
+    would never see why.
+    """
+
+    async def send_and_linger(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        await _discard(receive)
+        await send({"type": "http.response.body"})
+
+    response = problem_response(error, request_id(scope), {"Connection": "close"})
+    await response(scope, receive, send_and_linger)
+
+
+async def _discard(receive: Receive) -> None:
+    try:
+        async with asyncio.timeout(_LINGER_SECONDS):
+            message = await receive()
+            while message["type"] == "http.request" and message.get("more_body", False):
+                message = await receive()
+    except TimeoutError:
+        pass

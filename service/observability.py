@@ -1,0 +1,246 @@
+"""What operators see: metrics and log lines.
+
+Labels come from closed sets only, and every label set exists at zero from the start, so that a rate
+over a counter is right from its first event. The worker counts in plain numbers; only this process
+holds prometheus objects, so a restarted worker never turns a counter back.
+"""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import leaves
+
+# A second series for every counter, with the time of its creation, which nobody asked for.
+disable_created_metrics()
+
+# vLLM's buckets, so that a dashboard ports by its prefix.
+_FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0),
+    *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_FINISH_REASONS = ("stop", "length", "timeout", "cancelled")
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+_ROUTES = ("/generate", "/health", "/ready", "/info", "/metrics", "/openapi.json", "/docs")
+_OTHER = "other"
+_OPERATION = "generate"
+_BASE = "base"
+
+
+class Metrics:
+    """Every metric of one application, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.http_requests = Counter(
+            "gemma_http_requests",
+            "HTTP requests by route, method and status.",
+            ("route", "method", "status"),
+            registry=registry,
+        )
+        self.requests_running = Gauge(
+            "gemma_num_requests_running", "Requests that hold a slot.", ("op",), registry=registry
+        )
+        self.requests_waiting = Gauge(
+            "gemma_num_requests_waiting", "Requests without a slot.", ("op",), registry=registry
+        )
+        self.queue_tokens = Gauge(
+            "gemma_queue_tokens", "Prompt tokens that wait for a slot.", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "gemma_prompt_tokens", "Prompt tokens taken.", ("op", "adapter"), registry=registry
+        )
+        self.generation_tokens = Counter(
+            "gemma_generation_tokens", "Tokens generated.", ("adapter",), registry=registry
+        )
+        self.successes = Counter(
+            "gemma_request_success",
+            "Outputs that ended normally.",
+            ("op", "finished_reason"),
+            registry=registry,
+        )
+        self.failures = Counter(
+            "gemma_request_failure", "Requests that failed.", ("op", "code"), registry=registry
+        )
+        self.cancelled = Counter(
+            "gemma_cancelled", "Requests given up.", ("reason",), registry=registry
+        )
+        self.first_token = Histogram(
+            "gemma_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            ("streaming",),
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "gemma_inter_token_latency_seconds",
+            "Between two tokens of one output.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "gemma_e2e_request_latency_seconds",
+            "From the request's arrival to its last token.",
+            ("op",),
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "gemma_request_queue_time_seconds",
+            "From admission to the first slot.",
+            ("op",),
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.compilations = Counter(
+            "gemma_compilations",
+            "Programs compiled by JAX; while serving there must be none.",
+            ("phase",),
+            registry=registry,
+        )
+        self.heartbeat_age = Gauge(
+            "gemma_worker_heartbeat_age_seconds",
+            "Since the worker's last sign of life.",
+            registry=registry,
+        )
+        self.worker_restarts = Counter(
+            "gemma_worker_restarts", "Workers that died or hung.", registry=registry
+        )
+        self.ready = Gauge("gemma_ready", "1 while work is taken.", registry=registry)
+        self.resident_bytes = Gauge(
+            "gemma_process_resident_memory_bytes",
+            "Resident memory.",
+            ("process",),
+            registry=registry,
+        )
+        self.build_info = Gauge(
+            "gemma_build_info",
+            "What is served; the value is 1.",
+            ("version", "model", "dtype", "backend", "kernels", "quantization"),
+            registry=registry,
+        )
+        self._create_label_sets()
+
+    def _create_label_sets(self) -> None:
+        for gauge in (self.requests_running, self.requests_waiting):
+            gauge.labels(_OPERATION)
+        self.prompt_tokens.labels(_OPERATION, _BASE)
+        self.generation_tokens.labels(_BASE)
+        for reason in _FINISH_REASONS:
+            self.successes.labels(_OPERATION, reason)
+        for error in leaves():
+            self.failures.labels(_OPERATION, error.code)
+        for reason in ("disconnect", "timeout"):
+            self.cancelled.labels(reason)
+        for streaming in ("true", "false"):
+            self.first_token.labels(streaming)
+        for histogram in (self.e2e, self.queue_time):
+            histogram.labels(_OPERATION)
+        for phase in ("warmup", "serving"):
+            self.compilations.labels(phase)
+
+    def count_http(self, scope: Scope, status: int) -> None:
+        """Counts one answer; what a client chose freely is counted as ``other``."""
+        path, method = scope["path"], scope["method"]
+        self.http_requests.labels(
+            path if path in _ROUTES else _OTHER,
+            method if method in _METHODS else _OTHER,
+            str(status),
+        ).inc()
+
+
+class CountRequests:
+    """Pure ASGI: counts every answer, refusals of the edge included."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.count_http(scope, message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counting)
+
+
+class GenerationMeter:
+    """Measures one request to ``/generate`` from its arrival to its end."""
+
+    def __init__(self, metrics: Metrics, *, streaming: bool) -> None:
+        self._metrics = metrics
+        self._streaming = "true" if streaming else "false"
+        self._arrived_at = time.monotonic()
+        self._last_token_at: dict[int, float] = {}
+
+    def admitted(self, num_prompt_tokens: int) -> None:
+        self._metrics.prompt_tokens.labels(_OPERATION, _BASE).inc(num_prompt_tokens)
+
+    def tokens(self, output: int, count: int) -> None:
+        """``count`` new tokens of one output arrived."""
+        now = time.monotonic()
+        if not self._last_token_at:
+            self._metrics.first_token.labels(self._streaming).observe(now - self._arrived_at)
+        if (last := self._last_token_at.get(output)) is not None:
+            for _ in range(count):
+                self._metrics.inter_token.observe((now - last) / count)
+        self._last_token_at[output] = now
+        self._metrics.generation_tokens.labels(_BASE).inc(count)
+
+    def finished(self, finish_reasons: list[str], queue_seconds: float) -> None:
+        elapsed = time.monotonic() - self._arrived_at
+        self._metrics.e2e.labels(_OPERATION).observe(elapsed)
+        self._metrics.queue_time.labels(_OPERATION).observe(queue_seconds)
+        for reason in finish_reasons:
+            self._metrics.successes.labels(_OPERATION, reason).inc()
+        if "timeout" in finish_reasons:
+            self._metrics.cancelled.labels("timeout").inc()
+
+    def failed(self, code: str) -> None:
+        self._metrics.failures.labels(_OPERATION, code).inc()
+
+    def abandoned(self) -> None:
+        self._metrics.cancelled.labels("disconnect").inc()
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; control characters are escaped, so no text can forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := getattr(record, "request_id", None):
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to_stderr(level: str) -> None:
+    """Makes JSON lines on standard error the only log of this process."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,0 +1,261 @@
+"""Every command and every event that crosses the wall between the two processes.
+
+All of them are frozen and of plain types; msgspec decodes them strictly. Commands go to the worker,
+events come back. The life of a worker:
+
+    Load -> Progress*, Ready -> (requests) | LoadFailed
+
+The life of one request is always one of these:
+
+    Accepted, Piece*, Finished      the usual life
+    Accepted, Piece*, Failed        it died on the way
+    Failed                          it was never admitted
+
+Exactly one `Finished` or `Failed` ends it. If the worker dies, the API process makes the `Failed`.
+
+Times are seconds; a deadline is on the monotonic clock, which both processes share.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "timeout", "cancelled"]
+Phase = Literal["start", "download", "convert", "load", "compile", "idle", "step"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the class name is the tag."""
+
+
+class SamplingParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the tokens of a request are drawn. ``temperature`` 0 is greedy."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+class StopRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When a completion ends."""
+
+    max_tokens: int
+    min_tokens: int
+    strings: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    ignore_eos: bool
+
+
+# --- commands ---------------------------------------------------------------------------------
+
+
+class Load(Message, frozen=True):
+    """The first command: which engine to load, and how.
+
+    Attributes:
+        engine: ``module:function`` of an engine loader.
+        preset: Built-in name or path.
+        cache_dir: Converted weights and compiled programs.
+        num_slots: Sequences that decode at once.
+        context_tokens: Prompt and completion together.
+        max_queued_requests: Requests that may wait for a slot.
+        max_queued_tokens: Prompt tokens that may wait for a slot.
+    """
+
+    engine: str
+    preset: str
+    cache_dir: str
+    num_slots: int
+    context_tokens: int
+    max_queued_requests: int
+    max_queued_tokens: int
+
+
+class Generate(Message, frozen=True):
+    """Admit one request of one or several prompts; output k is prompt k // n, choice k % n.
+
+    Attributes:
+        request_id: Chosen by the API process.
+        tenant: Whose request it is.
+        deadline: Monotonic seconds after which it must not run.
+        adapter: Digest of an adapter version, or None for the base.
+        prompts: Text (bos is put in front) or token ids (taken as they are).
+        num_choices: Completions of each prompt.
+        sampling: Output k draws with seed (seed + k) mod 2³².
+        stop: When a completion ends.
+        num_logprobs: None, or alternatives per token.
+    """
+
+    request_id: str
+    tenant: str
+    deadline: float
+    adapter: str | None
+    prompts: tuple[str | tuple[int, ...], ...]
+    num_choices: int
+    sampling: SamplingParameters
+    stop: StopRules
+    num_logprobs: int | None
+
+
+class Cancel(Message, frozen=True):
+    """Stop working on a request. Unknown or finished ids are ignored."""
+
+    request_id: str
+
+
+Command = Load | Generate | Cancel
+
+
+# --- events -----------------------------------------------------------------------------------
+
+
+class Progress(Message, frozen=True):
+    """Loading goes on: ``done`` of ``total`` bytes or counts of one phase."""
+
+    phase: Phase
+    done: float
+    total: float
+
+
+class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the worker has loaded, for `/info`."""
+
+    preset: str
+    preset_digest: str
+    family: str
+    is_instruct: bool
+    num_parameters: int
+    dtype: str
+    backend: str
+    device: str
+    kernels: tuple[str, ...]
+    context_tokens: int
+    num_slots: int
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    buckets: dict[str, list[int]]
+    programs: tuple[str, ...]
+
+
+class Ready(Message, frozen=True):
+    """Everything is loaded, and ``num_compilations`` programs are compiled."""
+
+    info: ServerInfo
+    num_compilations: int
+
+
+class LoadFailed(Message, frozen=True):
+    """The engine cannot be loaded. ``detail`` is one line for the operator.
+
+    ``is_permanent`` tells whether a restart would fail in the same way.
+    """
+
+    detail: str
+    is_permanent: bool
+
+
+class Accepted(Message, frozen=True):
+    """The request holds a place; no admission error can follow.
+
+    ``num_prompt_tokens`` has one entry per prompt.
+    """
+
+    request_id: str
+    num_prompt_tokens: tuple[int, ...]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One token with its log-probability under the model's own distribution."""
+
+    id: int
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A generated token and the likeliest alternatives, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+class Piece(Message, frozen=True):
+    """New tokens of one output and the text that they made safe to send.
+
+    ``text`` never splits a character; it may be empty while one is incomplete, and it may hold the
+    characters of earlier tokens. ``logprobs`` has one entry per token, or none.
+    """
+
+    request_id: str
+    output: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class OutputEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one output ended. ``stop_reason`` is the stop string or stop id, if one ended it."""
+
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    num_tokens: int
+
+
+class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds from admission: to the first slot, to the first token, to the end."""
+
+    queue_seconds: float
+    first_token_seconds: float | None
+    total_seconds: float
+
+
+class Finished(Message, frozen=True):
+    """The last event of a request that ended normally; one entry per output, in order."""
+
+    request_id: str
+    outputs: tuple[OutputEnd, ...]
+    timings: Timings
+
+
+class Failed(Message, frozen=True):
+    """The last event of a request that did not.
+
+    ``code`` is a key of the error table; ``pointer`` names the wrong part of the command as a JSON
+    pointer, if one is wrong: ``/prompt/3/17``, with the number of the prompt even if it is alone.
+    """
+
+    request_id: str
+    code: str
+    detail: str
+    pointer: str | None = None
+    retry_after_seconds: int | None = None
+
+
+class Heartbeat(Message, frozen=True):
+    """The worker's loop, seen from another of its threads.
+
+    Attributes:
+        turn: Counts the loop's turns; a loop that hangs stops counting.
+        phase: What the loop is doing.
+        phase_seconds: For how long.
+        num_running: Requests that hold a slot.
+        num_waiting: Requests admitted and without a slot.
+        num_waiting_tokens: Their prompt tokens.
+        num_compilations: Programs compiled since the worker started.
+    """
+
+    turn: int
+    phase: Phase
+    phase_seconds: float
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_compilations: int
+
+
+Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Failed | Heartbeat
+RequestEvent = Accepted | Piece | Finished | Failed
+EndOfRequest = Finished | Failed

@@ -1,0 +1,217 @@
+"""One running service: the worker under its supervisor, and the HTTP server in front of it.
+
+The port is bound before anything is loaded, so that a port in use is known at once and `/ready` can
+tell how far the start is. On SIGTERM or SIGINT the server stops taking connections, lets running
+requests end within the drain time, and leaves with status 0.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from service.api.state import Readiness, ServiceState
+from service.app import create_app
+from service.observability import Metrics
+from service.protocol.messages import Heartbeat, Load, Progress, RequestEvent, ServerInfo
+from service.settings import Settings
+from service.startup_display import StartupDisplay
+from service.supervisor import LoadRefused, Supervisor, WorkerState
+from service.version import VERSION
+from service.worker_client import WorkerClient
+
+log = logging.getLogger(__name__)
+
+# One request line and its headers; h11 closes the connection beyond it.
+_MAX_HEADER_BYTES = 16 * 1024
+_KEEP_ALIVE_SECONDS = 5
+_BACKLOG = 2048
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Service:
+    """Everything that runs in the API process; a `WorkerListener` and a `WorkerView`.
+
+    Args:
+        settings: Of the service.
+        url: Under which it is reached.
+        display: Shows the start.
+    """
+
+    def __init__(self, settings: Settings, url: str, display: StartupDisplay) -> None:
+        self._settings = settings
+        self._url = url
+        self._display = display
+        self._metrics = Metrics()
+        self._compilations_seen = 0
+        self._heartbeat: Heartbeat | None = None
+        self.supervisor = Supervisor(
+            _load_command(settings),
+            self,
+            step_timeout_seconds=settings.step_timeout_seconds,
+            load_timeout_seconds=settings.load_timeout_seconds,
+        )
+        self._client = WorkerClient(self.supervisor.send)
+        self.app = create_app(ServiceState(settings, self._client, self, self._metrics))
+
+    @property
+    def info(self) -> ServerInfo | None:
+        return self.supervisor.info
+
+    def readiness(self) -> Readiness:
+        """From what is known here; nobody is asked."""
+        match self.supervisor.state:
+            case WorkerState.READY:
+                return Readiness("worker_hung") if self.supervisor.is_hung else Readiness()
+            case WorkerState.RESTARTING | WorkerState.FAILED:
+                return Readiness("worker_restarting")
+            case WorkerState.STARTING:
+                progress = self.supervisor.progress
+                if progress is None:
+                    return Readiness("loading", 0.0)
+                share = min(progress.done / progress.total, 1.0) if progress.total else 0.0
+                is_compiling = progress.phase == "compile"
+                return Readiness("compiling" if is_compiling else "loading", share)
+
+    def refresh_gauges(self, metrics: Metrics) -> None:
+        """Sets what is only known when asked for."""
+        metrics.ready.set(self.readiness().reason is None)
+        metrics.heartbeat_age.set(self.supervisor.heartbeat_age_seconds)
+        metrics.resident_bytes.labels("api").set(_resident_bytes(os.getpid()))
+        worker = self.supervisor.pid
+        metrics.resident_bytes.labels("worker").set(_resident_bytes(worker) if worker else 0)
+        heartbeat = self._heartbeat
+        metrics.requests_running.labels("generate").set(heartbeat.num_running if heartbeat else 0)
+        metrics.requests_waiting.labels("generate").set(heartbeat.num_waiting if heartbeat else 0)
+        metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
+
+    def on_progress(self, progress: Progress) -> None:
+        self._display.progress(progress.phase, progress.done, progress.total)
+
+    def on_ready(self, info: ServerInfo, num_compilations: int) -> None:
+        self._count_compilations(num_compilations, "warmup")
+        self._metrics.build_info.labels(
+            VERSION, info.preset, info.dtype, info.backend, ",".join(info.kernels), "none"
+        ).set(1)
+        self._display.ready({"preset": info.preset, "url": self._url, "device": info.device})
+
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
+        is_serving = self.supervisor.state is WorkerState.READY
+        self._count_compilations(heartbeat.num_compilations, "serving" if is_serving else "warmup")
+
+    def on_request_event(self, event: RequestEvent) -> None:
+        self._client.deliver(event)
+
+    def on_lost(self, reason: str) -> None:
+        self._compilations_seen = 0
+        self._heartbeat = None
+        self._metrics.worker_restarts.inc()
+        self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
+        self._display.close()
+
+    def _count_compilations(self, total: int, phase: str) -> None:
+        self._metrics.compilations.labels(phase).inc(max(total - self._compilations_seen, 0))
+        self._compilations_seen = max(total, self._compilations_seen)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that leaves the signals to us: it would raise them again and end with status −15."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: Settings, listener: socket.socket, display: StartupDisplay) -> None:
+    """Runs until a signal.
+
+    Raises:
+        LoadRefused: The preset cannot be served; the message is one line for the operator.
+    """
+    service = Service(settings, _url(listener), display)
+    config = uvicorn.Config(
+        service.app,
+        http="h11",
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+    server = Server(config)
+    _on_signals(lambda: setattr(server, "should_exit", True))
+    supervising = asyncio.create_task(service.supervisor.run())
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.wait((supervising, serving), return_when=asyncio.FIRST_COMPLETED)
+        if supervising.done():
+            server.should_exit = True
+    finally:
+        await serving
+        supervising.cancel()
+        display.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await supervising
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; raises OSError if the address is taken."""
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = infos[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+
+def _load_command(settings: Settings) -> Load:
+    return Load(
+        engine=settings.engine,
+        preset=settings.preset,
+        cache_dir=str(settings.cache_dir),
+        num_slots=settings.slots,
+        context_tokens=settings.context_tokens,
+        max_queued_requests=settings.queue_requests,
+        max_queued_tokens=settings.queue_tokens,
+    )
+
+
+def _resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 where the kernel does not tell."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+__all__ = ["LoadRefused", "Server", "Service", "bind", "serve"]

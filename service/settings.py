@@ -1,0 +1,95 @@
+"""Every setting: its type, its default, its unit and one sentence.
+
+Each is an option of ``gemma-service serve`` (``--queue-requests``) and a variable of the
+environment (``GEMMA_QUEUE_REQUESTS``); the option wins. `docs/settings.md` lists them and a test
+compares.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_APPLICATION = "gemma-service"
+
+
+def _xdg_directory(variable: str, fallback: str) -> Path:
+    """The application's folder under an XDG base directory."""
+    base = os.environ.get(variable) or str(Path.home() / fallback)
+    return Path(base) / _APPLICATION
+
+
+class Settings(BaseSettings):
+    """Settings of one service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GEMMA_",
+        extra="forbid",
+        allow_inf_nan=False,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    preset: str = Field(
+        "gemma3_270m",
+        min_length=1,
+        max_length=4096,
+        description="What to serve: a built-in name, a Keras preset directory or a .gguf file.",
+    )
+    served_name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(
+        "gemma", description="Name of the base model in requests and answers."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    slots: int = Field(8, ge=1, le=64, description="Sequences that are generated at once.")
+    context_tokens: int = Field(
+        4096, ge=16, le=1_048_576, description="Tokens of prompt and completion together."
+    )
+    queue_requests: int = Field(
+        256, ge=1, le=65_536, description="Requests that may wait for a slot."
+    )
+    queue_tokens: int = Field(
+        262_144, ge=1, le=16_777_216, description="Prompt tokens that may wait for a slot."
+    )
+    request_timeout_seconds: float = Field(
+        300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
+    )
+    body_bytes: int = Field(
+        1_048_576, ge=1024, le=67_108_864, description="Bytes of a request body."
+    )
+    body_timeout_seconds: float = Field(
+        30.0, gt=0, le=3600, description="Seconds that a request body may take to arrive."
+    )
+    ping_seconds: float = Field(
+        10.0, gt=0, le=3600, description="Seconds of silence after which a stream gets a comment."
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, le=3600, description="Seconds that running requests get when the service stops."
+    )
+    step_timeout_seconds: float = Field(
+        120.0, gt=0, le=3600, description="Seconds after which a step of the worker counts as hung."
+    )
+    load_timeout_seconds: float = Field(
+        1800.0,
+        gt=0,
+        le=86_400,
+        description="Seconds without progress after which loading counts as hung.",
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: _xdg_directory("XDG_DATA_HOME", ".local/share"),
+        description="Folder for what must last; one service at a time uses it.",
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: _xdg_directory("XDG_CACHE_HOME", ".cache"),
+        description="Folder for converted weights and compiled programs; may be deleted.",
+    )
+    engine: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = Field(
+        "model.engine:load", description="Engine that the worker loads, as module:function."
+    )
+    log_level: Annotated[
+        str, StringConstraints(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", to_upper=True)
+    ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    docs: bool = Field(True, description="Whether /docs and /openapi.json are served.")

@@ -1,0 +1,189 @@
+"""Admits a request or refuses it, on the reader's thread and before anything runs.
+
+Tokenising, the length check and the bounds of the queue happen here, so a refusal does not wait for
+the step that runs meanwhile.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+from model.slots import EngineInfo, TextCodec
+from service.protocol.messages import Accepted, Failed, Generate
+from service.worker.completion import Completion
+from service.worker.scheduler import Row, RowKey
+from service.worker.translate import sampling_of_output
+
+
+@dataclass(slots=True, eq=False)
+class AdmittedRequest:
+    """A request that will end in one terminal event.
+
+    Attributes:
+        request_id: Chosen by the API process.
+        deadline: Monotonic seconds.
+        completions: One per output, in order.
+        admitted_at: Monotonic seconds.
+        started_at: When its first output got a slot.
+        first_token_at: When its first token was drawn.
+    """
+
+    request_id: str
+    deadline: float
+    completions: list[Completion]
+    admitted_at: float
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+
+class Refusal(Exception):
+    """Carries the `Failed` event of a request that is not admitted."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.code)
+        self.failed = failed
+
+
+class Admission:
+    """Checks requests and counts what waits. The reader admits; the loop tells what `started`.
+
+    Args:
+        info: Of the engine.
+        codec: Of the engine.
+        max_requests: Requests that may wait for a slot.
+        max_tokens: Prompt tokens that may wait for a slot.
+    """
+
+    def __init__(
+        self, info: EngineInfo, codec: TextCodec, *, max_requests: int, max_tokens: int
+    ) -> None:
+        self._info = info
+        self._codec = codec
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._lock = threading.Lock()
+        # Request -> prompt tokens of its outputs that wait for a slot.
+        self._waiting: dict[str, dict[int, int]] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests with an output that has no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of the outputs that have no slot yet."""
+        with self._lock:
+            return sum(sum(outputs.values()) for outputs in self._waiting.values())
+
+    def admit(self, command: Generate) -> tuple[AdmittedRequest, Accepted]:
+        """The request, ready for the scheduler, and the event that says so.
+
+        Raises:
+            Refusal: It is invalid, too long, or there is no room for it.
+        """
+        prompts = [
+            self._token_ids(command, index, prompt) for index, prompt in enumerate(command.prompts)
+        ]
+        self._check_ids(command)
+        for index, prompt in enumerate(prompts):
+            self._check_length(command, index, len(prompt))
+        completions = [
+            self._completion(command, output, prompts[output // command.num_choices])
+            for output in range(len(prompts) * command.num_choices)
+        ]
+        self._reserve(command, completions)
+        request = AdmittedRequest(
+            command.request_id, command.deadline, completions, time.monotonic()
+        )
+        return request, Accepted(command.request_id, tuple(len(prompt) for prompt in prompts))
+
+    def started(self, key: RowKey) -> None:
+        """An output got its slot, or left the queue without one."""
+        with self._lock:
+            outputs = self._waiting.get(key.request_id)
+            if outputs is None:
+                return
+            outputs.pop(key.output, None)
+            if not outputs:
+                del self._waiting[key.request_id]
+
+    def _token_ids(
+        self, command: Generate, index: int, prompt: str | tuple[int, ...]
+    ) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return (self._codec.bos_id, *self._codec.encode(prompt))
+        pointer = _prompt_pointer(index)
+        if not prompt:
+            raise _refusal(command, "invalid_field", "The prompt has no token.", pointer)
+        self._check_vocabulary(command, prompt, pointer)
+        return prompt
+
+    def _check_ids(self, command: Generate) -> None:
+        """Ids and counts that the API process could not know the vocabulary for."""
+        self._check_vocabulary(command, command.stop.token_ids, "/stop_token_ids")
+        vocab = self._info.vocabulary_size
+        if command.sampling.top_k > vocab:
+            detail = f"Must be in [0, {vocab}], the size of the vocabulary."
+            raise _refusal(command, "invalid_field", detail, "/top_k")
+
+    def _check_vocabulary(self, command: Generate, ids: tuple[int, ...], pointer: str) -> None:
+        vocab = self._info.vocabulary_size
+        for place, token_id in enumerate(ids):
+            if not 0 <= token_id < vocab:
+                detail = f"A token id must be in [0, {vocab})."
+                raise _refusal(command, "invalid_field", detail, f"{pointer}/{place}")
+
+    def _check_length(self, command: Generate, index: int, num_prompt_tokens: int) -> None:
+        context = self._info.context_tokens
+        if num_prompt_tokens + command.stop.max_tokens <= context:
+            return
+        room = context - num_prompt_tokens
+        remedy = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
+        detail = (
+            f"The prompt has {num_prompt_tokens} tokens and max_tokens is "
+            f"{command.stop.max_tokens}; together they exceed the context of {context} tokens. "
+            f"Please {remedy}."
+        )
+        pointer = _prompt_pointer(index)
+        raise _refusal(command, "context_length_exceeded", detail, pointer)
+
+    def _completion(self, command: Generate, output: int, prompt: tuple[int, ...]) -> Completion:
+        return Completion(
+            row=Row(RowKey(command.request_id, output), num_prefill_tokens=len(prompt) - 1),
+            prompt=prompt,
+            sampling=sampling_of_output(command.sampling, output),
+            stop=command.stop,
+            num_logprobs=command.num_logprobs,
+            codec=self._codec,
+        )
+
+    def _reserve(self, command: Generate, completions: list[Completion]) -> None:
+        tokens = {completion.row.key.output: len(completion.prompt) for completion in completions}
+        with self._lock:
+            waiting_tokens = sum(sum(outputs.values()) for outputs in self._waiting.values())
+            num_waiting = len(self._waiting)
+            # An empty queue takes any request that the limits of a single one allow.
+            is_full = num_waiting >= self._max_requests or (
+                num_waiting > 0 and waiting_tokens + sum(tokens.values()) > self._max_tokens
+            )
+            if not is_full:
+                self._waiting[command.request_id] = tokens
+                return
+        detail = f"{num_waiting} requests and {waiting_tokens} tokens are waiting."
+        raise _refusal(command, "queue_full", detail, None, retry_after_seconds=1)
+
+
+def _prompt_pointer(index: int) -> str:
+    return f"/prompt/{index}"
+
+
+def _refusal(
+    command: Generate,
+    code: str,
+    detail: str,
+    pointer: str | None,
+    *,
+    retry_after_seconds: int | None = None,
+) -> Refusal:
+    return Refusal(Failed(command.request_id, code, detail, pointer, retry_after_seconds))

@@ -1,0 +1,71 @@
+"""Between the protocol and the model: types one way, errors the other.
+
+The model raises `model.errors` only, and this is the only place that maps them to codes.
+"""
+
+from pathlib import Path
+
+from model.errors import ModelError, RequestInvalid, SequenceTooLong, TokenOutOfRange
+from model.slots import EngineInfo, EngineOptions, SampledToken, Sampling, TextCodec
+from service.protocol.messages import (
+    Load,
+    SamplingParameters,
+    ServerInfo,
+    TokenLogprob,
+    TokenLogprobs,
+)
+
+_SEED_LIMIT = 2**32
+
+
+def engine_options(load: Load) -> EngineOptions:
+    return EngineOptions(
+        preset=load.preset,
+        num_slots=load.num_slots,
+        context_tokens=load.context_tokens,
+        cache_dir=Path(load.cache_dir),
+    )
+
+
+def server_info(info: EngineInfo) -> ServerInfo:
+    """What `/info` shows of the engine."""
+    return ServerInfo(**{name: getattr(info, name) for name in ServerInfo.__struct_fields__})
+
+
+def sampling_of_output(parameters: SamplingParameters, output: int) -> Sampling:
+    """The draw of output k: its seed is (seed + k) mod 2³², so that it can be sent alone again."""
+    return Sampling(
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        seed=(parameters.seed + output) % _SEED_LIMIT,
+    )
+
+
+def token_logprobs(token: SampledToken, codec: TextCodec) -> TokenLogprobs:
+    """A sampled token that has a log-probability, with its alternatives."""
+    assert token.logprob is not None
+    return TokenLogprobs(
+        chosen=_token_logprob(token.token_id, token.logprob, codec),
+        top=tuple(_token_logprob(id_, logprob, codec) for id_, logprob in token.top),
+    )
+
+
+def _token_logprob(token_id: int, logprob: float, codec: TextCodec) -> TokenLogprob:
+    return TokenLogprob(
+        id=token_id,
+        token=codec.piece(token_id),
+        bytes=tuple(codec.piece_bytes(token_id)),
+        logprob=logprob,
+    )
+
+
+def error_code(error: ModelError) -> str:
+    """The code under which a caller sees an error of the model; most specific class first."""
+    match error:
+        case SequenceTooLong():
+            return "context_length_exceeded"
+        case TokenOutOfRange() | RequestInvalid():
+            return "invalid_field"
+        case _:
+            return "internal"

@@ -1,0 +1,261 @@
+"""service.api.schemas: each bound at its edge, and the forms of a prompt."""
+
+import json
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from service.api.schemas import GenerateRequest, GenerateResponse, Ready
+
+TINY = 5e-324
+
+
+def errors(**fields: object) -> list[tuple[tuple[int | str, ...], str]]:
+    with pytest.raises(ValidationError) as caught:
+        GenerateRequest.model_validate({"prompt": "a", **fields})
+    return [(error["loc"], error["msg"]) for error in caught.value.errors()]
+
+
+def test_a_prompt_alone_gets_the_documented_defaults():
+    assert GenerateRequest(prompt="a").model_dump() == {
+        "prompt": "a",
+        "max_tokens": 128,
+        "min_tokens": 0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": None,
+        "n": 1,
+        "logprobs": None,
+        "stop": [],
+        "stop_token_ids": [],
+        "ignore_eos": False,
+        "stream": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 1),
+        ("max_tokens", 1_048_576),
+        ("min_tokens", 0),
+        ("min_tokens", 128),
+        ("temperature", 0),
+        ("temperature", -0.0),
+        ("temperature", TINY),
+        ("temperature", 5),
+        ("temperature", 5.0),
+        ("top_k", 0),
+        ("top_k", 1_048_576),
+        ("top_p", TINY),
+        ("top_p", 1),
+        ("top_p", 1.0),
+        ("seed", None),
+        ("seed", 0),
+        ("seed", 2**32 - 1),
+        ("n", 1),
+        ("n", 8),
+        ("logprobs", None),
+        ("logprobs", 0),
+        ("logprobs", 20),
+        ("stop", []),
+        ("stop", ["x"] * 8),
+        ("stop", ["x" * 64]),
+        ("stop", ["\N{BLACK STAR}" * 21]),
+        ("stop_token_ids", [0, 1_048_575]),
+        ("stop_token_ids", [7] * 16),
+        ("ignore_eos", True),
+        ("stream", True),
+    ],
+)
+def test_the_last_value_inside_a_range_is_taken(field, value):
+    assert getattr(GenerateRequest.model_validate({"prompt": "a", field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "location"),
+    [
+        ("max_tokens", 0, ("max_tokens",)),
+        ("max_tokens", 1_048_577, ("max_tokens",)),
+        ("max_tokens", 10**4000, ("max_tokens",)),
+        ("max_tokens", 1.0, ("max_tokens",)),
+        ("max_tokens", "1", ("max_tokens",)),
+        ("max_tokens", True, ("max_tokens",)),
+        ("max_tokens", None, ("max_tokens",)),
+        ("min_tokens", -1, ("min_tokens",)),
+        ("min_tokens", 129, ("min_tokens",)),
+        ("temperature", -TINY, ("temperature",)),
+        ("temperature", 5.000001, ("temperature",)),
+        ("temperature", float("nan"), ("temperature",)),
+        ("temperature", float("inf"), ("temperature",)),
+        ("temperature", -float("inf"), ("temperature",)),
+        ("temperature", 10**400, ("temperature",)),
+        ("temperature", False, ("temperature",)),
+        ("top_k", -1, ("top_k",)),
+        ("top_k", 1_048_577, ("top_k",)),
+        ("top_p", 0, ("top_p",)),
+        ("top_p", 0.0, ("top_p",)),
+        ("top_p", 1.0000001, ("top_p",)),
+        ("top_p", float("nan"), ("top_p",)),
+        ("top_p", float("inf"), ("top_p",)),
+        ("seed", -1, ("seed",)),
+        ("seed", 2**32, ("seed",)),
+        ("n", 0, ("n",)),
+        ("n", 9, ("n",)),
+        ("logprobs", -1, ("logprobs",)),
+        ("logprobs", 21, ("logprobs",)),
+        ("logprobs", True, ("logprobs",)),
+        ("stop", "x", ("stop",)),
+        ("stop", ["x"] * 9, ("stop",)),
+        ("stop", ["x", ""], ("stop", 1)),
+        ("stop", ["x" * 65], ("stop", 0)),
+        ("stop", ["\N{BLACK STAR}" * 22], ("stop", 0)),
+        ("stop", [1], ("stop", 0)),
+        ("stop_token_ids", [7] * 17, ("stop_token_ids",)),
+        ("stop_token_ids", [-1], ("stop_token_ids", 0)),
+        ("stop_token_ids", [0, 1_048_576], ("stop_token_ids", 1)),
+        ("stop_token_ids", [True], ("stop_token_ids", 0)),
+        ("ignore_eos", 1, ("ignore_eos",)),
+        ("stream", "true", ("stream",)),
+        ("messages", [], ("messages",)),
+        ("Prompt", "a", ("Prompt",)),
+    ],
+)
+def test_the_first_value_outside_a_range_is_refused_by_name(field, value, location):
+    assert [found for found, _ in errors(**{field: value})] == [location]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("", [""]),
+        ("Hello", ["Hello"]),
+        (["Hello", ""], ["Hello", ""]),
+        (["a"] * 64, ["a"] * 64),
+        ([2, 0, 1_048_575], [[2, 0, 1_048_575]]),
+        ([2] * 65, [[2] * 65]),
+        ([[2], [3, 4]], [[2], [3, 4]]),
+        ([[2]] * 64, [[2]] * 64),
+    ],
+)
+def test_each_form_of_a_prompt_becomes_a_list_of_prompts(prompt, prompts):
+    assert GenerateRequest(prompt=prompt).prompts() == prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "location"),
+    [
+        (None, ()),
+        (1, ()),
+        (1.5, ()),
+        (True, ()),
+        ({"text": "a"}, ()),
+        ([], ()),
+        ([None], (0,)),
+        ([True], (0,)),
+        ([2.0], (0,)),
+        ([{}], (0,)),
+        (["a"] * 65, ()),
+        ([[2]] * 65, ()),
+        (["a", 2], (1,)),
+        ([2, "a"], (1,)),
+        ([2, 3, True], (2,)),
+        ([2, 3, 4.0], (2,)),
+        ([2, [3]], (1,)),
+        ([2, -1], (1,)),
+        ([1_048_576], (0,)),
+        ([2, 10**4000], (1,)),
+        (["a", ["b"]], (1,)),
+        ([[2], 3], (1,)),
+        ([[2], "a"], (1,)),
+        ([[2], []], (1,)),
+        ([[]], (0,)),
+        ([["a"]], (0, 0)),
+        ([[2], [2], [2], [2] * 17 + [False]], (3, 17)),
+        ([[2], [2], [2], [2] * 17 + [1_048_576]], (3, 17)),
+        ([[[2]]], (0, 0)),
+    ],
+)
+def test_a_wrong_prompt_is_refused_where_it_is_wrong(prompt, location):
+    assert [found for found, _ in errors(prompt=prompt)] == [("prompt", *location)]
+
+
+@pytest.mark.parametrize("num_prompts", [8, 9])
+def test_prompts_times_n_is_at_most_64(num_prompts):
+    prompt = ["a"] * num_prompts
+    if num_prompts * 8 <= 64:
+        assert GenerateRequest(prompt=prompt, n=8).n == 8
+    else:
+        assert [found for found, _ in errors(prompt=prompt, n=8)] == [("n",)]
+
+
+def test_min_tokens_may_equal_max_tokens_but_not_pass_it():
+    assert GenerateRequest(prompt="a", max_tokens=5, min_tokens=5).min_tokens == 5
+    assert [found for found, _ in errors(max_tokens=5, min_tokens=6)] == [("min_tokens",)]
+
+
+def test_a_request_without_a_prompt_is_refused():
+    with pytest.raises(ValidationError, match="prompt"):
+        GenerateRequest.model_validate({})
+
+
+def test_a_hundred_thousand_unknown_fields_are_one_error_found_at_once():
+    start = time.perf_counter()
+    found = errors(**{f"unknown_{index}": 1 for index in range(100_000)})
+    assert len(found) == 1
+    assert time.perf_counter() - start < 0.5
+
+
+def test_a_mebibyte_of_token_ids_is_checked_at_once():
+    token_ids = [5] * 349_525
+    GenerateRequest(prompt=token_ids)
+    start = time.perf_counter()
+    GenerateRequest(prompt=token_ids)
+    assert time.perf_counter() - start < 0.15
+
+
+def test_the_published_schema_has_the_four_forms_of_a_prompt_and_no_other_field():
+    schema = GenerateRequest.model_json_schema()
+    forms = schema["properties"]["prompt"]["anyOf"]
+    assert [form.get("items", {}).get("type", form["type"]) for form in forms] == [
+        "string",
+        "string",
+        "integer",
+        "array",
+    ]
+    assert schema["required"] == ["prompt"]
+    assert schema["additionalProperties"] is False
+    assert all("description" in field for field in schema["properties"].values())
+
+
+def test_a_response_is_written_as_the_contract_draws_it():
+    logprob = {"id": 9259, "token": "Hello", "bytes": [72], "logprob": -0.12}
+    content = {
+        "id": "gen_1",
+        "model": "gemma",
+        "created": "2026-01-02T03:04:05Z",
+        "outputs": [
+            {
+                "prompt_index": 0,
+                "index": 0,
+                "text": "Hello",
+                "token_ids": [9259, 107],
+                "finish_reason": "stop",
+                "stop_reason": 107,
+                "seed": 881237,
+                "logprobs": [{**logprob, "top": [logprob]}],
+            }
+        ],
+        "usage": {"prompt_tokens": 12, "cached_tokens": 8, "completion_tokens": 2},
+        "timings": {"queue_s": 0.01, "ttft_s": 0.12, "total_s": 1.9},
+    }
+    response = GenerateResponse.model_validate_json(json.dumps(content))
+    assert json.loads(response.model_dump_json()) == content
+
+
+def test_a_reason_for_not_being_ready_is_one_of_five():
+    assert Ready(ready=False, reason="compiling", progress=0.4).progress == 0.4
+    with pytest.raises(ValidationError):
+        Ready.model_validate({"ready": False, "reason": "tired"})
