@@ -55,12 +55,15 @@ class StreamingDetokenizer:
         return self._release(len(self._held))
 
     def _cut_at_stop(self) -> bool:
-        """Cuts the held text at the first stop string in it, if there is one."""
+        """Cuts the held text at the first stop string in it, if there is one.
+
+        First is the one that ends first, as that is the one that stops when characters come one
+        by one; of two that end together it is the longer. So tokens' borders never matter.
+        """
         found = [(self._held.find(stop), stop) for stop in self._stop_strings if stop in self._held]
         if not found:
             return False
-        # Of two that begin together the longer one is reported: it says more.
-        at, self.stopped_by = min(found, key=lambda hit: (hit[0], -len(hit[1])))
+        at, self.stopped_by = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
         self._held = self._held[:at]
         return True
 

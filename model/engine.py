@@ -38,6 +38,7 @@ from model.slots import (
     EngineInfo,
     EngineOptions,
     SampledToken,
+    Sampling,
 )
 from model.tokenizer import Tokenizer
 
@@ -132,9 +133,25 @@ class GemmaEngine:
         """Makes every program that a request can need."""
         specs = self._program_specs()
         for done, spec in enumerate(specs):
-            progress("compile", done, len(specs))
+            progress("compile", float(done), float(len(specs)))
             self._programs[spec.name] = spec.compile()
-        progress("compile", len(specs), len(specs))
+        self._warm_up()
+        progress("compile", float(len(specs)), float(len(specs)))
+
+    def _warm_up(self) -> None:
+        """Runs every program once: a first call costs tens of milliseconds that no request pays.
+
+        What it writes into slots is never seen, as whatever a slot holds at its start.
+        """
+        for bucket in CHUNK_BUCKETS:
+            self.prefill(0, [0] * min(bucket, self._options.context_tokens), 0)
+        sampling = Sampling(temperature=1.0, top_k=1, top_p=0.5, seed=0)
+        for bucket in self._row_buckets:
+            num_rows = min(bucket, self._options.num_slots)
+            self._decode_group(
+                [DecodeRow(slot, 0, 0, sampling, (0,), 1) for slot in range(num_rows)]
+            )
+        self.clear(0)
 
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Writes the keys and values of one chunk of a prompt into its slot."""
@@ -206,7 +223,7 @@ class GemmaEngine:
     def _decode_inputs(self, rows: Sequence[DecodeRow], bucket: int) -> DecodeInputs:
         vocab = self._config.vocabulary_size
 
-        def column(values: Sequence[float], dtype: Any, filler: float) -> jax.Array:
+        def column(values: Sequence[float | int], dtype: Any, filler: float | int) -> jax.Array:
             return jnp.asarray(np.array([*values, *[filler] * (bucket - len(rows))], dtype))
 
         banned = np.full((bucket, MAX_BANNED_IDS), vocab, np.int32)

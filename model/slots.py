@@ -16,7 +16,7 @@ Only the standard library is imported here, so that a fake engine is a few lines
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from model.progress import Progress
 
@@ -112,6 +112,7 @@ class SampledToken:
     is_finite: bool = True
 
 
+@runtime_checkable
 class TextCodec(Protocol):
     """Text to ids and ids to bytes."""
 
@@ -135,6 +136,7 @@ class TextCodec(Protocol):
         """The bytes that the token adds to a text; none for pad, bos and eos."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A loaded model. One thread calls it."""
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +23,8 @@ _EXIT_BAD_PRESET = 65
 _EXIT_CANNOT_CREATE = 73
 _EXIT_TRY_LATER = 75
 _EXIT_ADDRESS_IN_USE = 98
+
+log = logging.getLogger(__name__)
 
 _USAGE = """\
 usage: gemma-service COMMAND [options]
@@ -58,11 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: list[str]) -> int:
     try:
         settings = CliApp.run(Settings, cli_args=options)
+    except SystemExit as exit_:
+        # argparse has said what is wrong, and ends with a status of its own.
+        return _EXIT_USAGE if exit_.code else 0
     except ValidationError as error:
         return _fail(_explain(error), _EXIT_USAGE)
     except SettingsError as error:
         return _fail(f"gemma-service: {error}", _EXIT_USAGE)
     log_to_stderr(settings.log_level)
+    _warn_of_unknown_variables()
     try:
         listener = runtime.bind(settings.host, settings.port)
     except OSError as error:
@@ -91,6 +99,14 @@ def _serve(options: list[str]) -> int:
     finally:
         data.close()
     return 0
+
+
+def _warn_of_unknown_variables() -> None:
+    """A misspelt variable would otherwise have no effect and say nothing."""
+    known = {f"GEMMA_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith("GEMMA_") and name not in known:
+            log.warning("%s is not a setting; gemma-service serve --help lists them", name)
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,18 +1,22 @@
 """One running service: the worker under its supervisor, and the HTTP server in front of it.
 
 The port is bound before anything is loaded, so that a port in use is known at once and `/ready` can
-tell how far the start is. On SIGTERM or SIGINT the server stops taking connections, lets running
-requests end within the drain time, and leaves with status 0.
+tell how far the start is.
+
+On SIGTERM or SIGINT the service drains: it is not ready at once and refuses new work, but answers;
+what runs may end within the drain time, and what does not is ended with a proper error. Then it
+leaves with status 0. A second signal skips the wait.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -32,7 +36,12 @@ log = logging.getLogger(__name__)
 # One request line and its headers; h11 closes the connection beyond it.
 _MAX_HEADER_BYTES = 16 * 1024
 _KEEP_ALIVE_SECONDS = 5
+# For clients that do not read the end of their answer, after the drain time.
+_CUT_OFF_SECONDS = 2
 _BACKLOG = 2048
+_DRAIN_POLL_SECONDS = 0.05
+# After draining, for handlers to write the last bytes of what was ended.
+_LAST_WORDS_SECONDS = 2
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -52,6 +61,7 @@ class Service:
         self._metrics = Metrics()
         self._compilations_seen = 0
         self._heartbeat: Heartbeat | None = None
+        self._is_draining = False
         self.supervisor = Supervisor(
             _load_command(settings),
             self,
@@ -67,6 +77,8 @@ class Service:
 
     def readiness(self) -> Readiness:
         """From what is known here; nobody is asked."""
+        if self._is_draining:
+            return Readiness("draining")
         match self.supervisor.state:
             case WorkerState.READY:
                 return Readiness("worker_hung") if self.supervisor.is_hung else Readiness()
@@ -92,6 +104,18 @@ class Service:
         metrics.requests_waiting.labels("generate").set(heartbeat.num_waiting if heartbeat else 0)
         metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
 
+    async def drain(self, timeout_seconds: float) -> None:
+        """Takes no new work; returns when nothing runs any more or the time is over."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                while self._client.num_in_flight:  # noqa: ASYNC110 (clients decide when)
+                    await asyncio.sleep(_DRAIN_POLL_SECONDS)
+
+    def end_running(self) -> None:
+        """Ends what still runs with a proper error."""
+        self._client.fail_all("draining", "The service stopped before this request had ended.")
+
     def on_progress(self, progress: Progress) -> None:
         self._display.progress(progress.phase, progress.done, progress.total)
 
@@ -116,6 +140,10 @@ class Service:
         self._metrics.worker_restarts.inc()
         self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
         self._display.close()
+
+    def end_running(self) -> None:
+        """Ends, as a failure that may be tried again, every request that still runs."""
+        self._client.fail_all("draining", "The service stopped before this request ended.")
 
     def _count_compilations(self, total: int, phase: str) -> None:
         self._metrics.compilations.labels(phase).inc(max(total - self._compilations_seen, 0))
@@ -148,10 +176,10 @@ async def serve(settings: Settings, listener: socket.socket, display: StartupDis
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
     )
     server = Server(config)
-    _on_signals(lambda: setattr(server, "should_exit", True))
+    stopping = asyncio.create_task(_stop_on_signal(service, server, settings.drain_seconds))
     supervising = asyncio.create_task(service.supervisor.run())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
@@ -160,6 +188,7 @@ async def serve(settings: Settings, listener: socket.socket, display: StartupDis
             server.should_exit = True
     finally:
         await serving
+        stopping.cancel()
         supervising.cancel()
         display.close()
         with contextlib.suppress(asyncio.CancelledError):
@@ -186,10 +215,20 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
+async def _stop_on_signal(service: Service, server: Server, drain_seconds: float) -> None:
+    """Drains after the first signal; the second one cuts that short."""
+    signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    await signals.get()
+    draining = asyncio.create_task(service.drain(drain_seconds))
+    hurrying = asyncio.create_task(signals.get())
+    await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    hurrying.cancel()
+    service.end_running()
+    server.should_exit = True
 
 
 def _load_command(settings: Settings) -> Load:

@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         env_prefix="GEMMA_",
         extra="forbid",
         allow_inf_nan=False,
+        cli_prog_name="gemma-service serve",
+        # A bad option is a SettingsError then, and no exit from within.
+        cli_exit_on_error=False,
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,

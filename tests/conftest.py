@@ -1,8 +1,11 @@
 """What every test shares: a strict JAX, and the versions in the header."""
 
+import functools
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
+from pathlib import Path
 
 # Before anything imports JAX: tests run on the CPU wherever they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,7 +13,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-import model  # noqa: F401  (picks Keras' backend)
+from model import engine
+from model.engine import GemmaEngine
+from model.progress import no_progress
+from model.slots import EngineOptions
+from tests import goldens
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -19,3 +26,25 @@ def pytest_report_header(config: pytest.Config) -> str:
     packages = ("jax", "jaxlib", "keras", "numpy", "fastapi", "uvicorn")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"Python {platform.python_version()}, {versions}, backend {jax.default_backend()}"
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted weights and compiled programs, shared by all tests of a session.
+
+    GEMMA_TEST_CACHE_DIR keeps them between sessions; without it every run starts cold, as CI does.
+    """
+    kept = os.environ.get("GEMMA_TEST_CACHE_DIR")
+    return Path(kept) if kept else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def engine_of(cache_dir: Path) -> Callable[[str], GemmaEngine]:
+    """Loads the engine of a golden set once: 4 slots of 1,024 tokens."""
+
+    @functools.cache
+    def load(name: str) -> GemmaEngine:
+        preset = str(goldens.preset_directory(name))
+        return engine.load(EngineOptions(preset, 4, 1024, cache_dir), no_progress)
+
+    return load

@@ -5,8 +5,8 @@ Layers here hold variables, in run-time shapes and under Keras' names; the mathe
 Keras user has a `keras.Model` to summarise, train and save, and the engine has plain arrays.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import keras
@@ -17,10 +17,22 @@ from model.gemma import weights as names
 from model.gemma.forward import forward
 from model.gemma.weights import GemmaWeights
 
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def no_type_check(constructor: Constructor) -> Constructor:
+    """Leaves a Keras constructor as it is: jaxtyping's import hook goes by this decorator's name.
+
+    Keras inspects a constructor's first argument, which the wrapper of the hook would hide.
+    `typing.no_type_check` would do, but takes the signature away from mypy as well.
+    """
+    return constructor
+
 
 class Weight(keras.layers.Layer):
     """One variable under a layer name of its own, as Keras' Dense and RMSNormalization have it."""
 
+    @no_type_check
     def __init__(
         self, shape: tuple[int, ...], initializer: Any, *, variable: str, name: str, dtype: Any
     ) -> None:
@@ -44,6 +56,7 @@ class GemmaBackbone(keras.Model):
         seed: Of random weights.
     """
 
+    @no_type_check
     def __init__(
         self,
         config: GemmaConfig,

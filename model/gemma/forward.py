@@ -4,27 +4,23 @@
 decode, score and training call these three and nothing else.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import GemmaConfig
 from model.gemma.attention import soft_cap
-from model.gemma.block import Residual, block, layer_traits
+from model.gemma.block import Intervention, Residual, block, layer_traits
 from model.gemma.norms import rms_norm
 from model.gemma.projection import AdapterTerm, projection
 from model.gemma.weights import GemmaWeights
 
 EMBEDDING_LAYER = -1
 
-
-class Intercept(Protocol):
-    """Sees and replaces the residual stream at one layer."""
-
-    def __call__(self, x: Residual, layer: int) -> Residual: ...
+# Sees the residual stream at one layer and returns what takes its place.
+Intercept = Callable[[Residual, int], Residual]
 
 
 class ForwardPass(NamedTuple):
@@ -113,7 +109,11 @@ def forward(
             positions,
             padding_mask=padding_mask,
             adapters=None if adapters is None else adapters[layer],
-            intervene=None if intercept is None else partial(intercept, layer=layer),
+            intervene=None if intercept is None else _at_layer(intercept, layer),
         )
     hidden = final_hidden(config, weights, x)
     return ForwardPass(_unembed(config, weights, hidden), hidden)
+
+
+def _at_layer(intercept: Intercept, layer: int) -> Intervention:
+    return lambda x: intercept(x, layer)

@@ -24,9 +24,11 @@ from service.api.route import StrictRoute
 from service.api.schemas import GenerateRequest, GenerateResponse
 from service.api.state import ServiceState, State
 from service.errors import (
+    BodyTimeout,
     BodyTooLarge,
     ContextLengthExceeded,
     DeadlineExceeded,
+    Draining,
     FieldError,
     InternalError,
     InvalidField,
@@ -63,6 +65,7 @@ _TENANT = "default"
         **error_responses(
             MalformedJson,
             NotAcceptable,
+            BodyTimeout,
             BodyTooLarge,
             UnsupportedMediaType,
             InvalidField,
@@ -71,6 +74,7 @@ _TENANT = "default"
             NumericalError,
             InternalError,
             Loading,
+            Draining,
             WorkerRestarting,
             DeadlineExceeded,
         ),
@@ -82,6 +86,8 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Any
     meter = GenerationMeter(state.metrics, streaming=body.stream)
     command = _command(body, state)
     try:
+        if state.view.readiness().reason == "draining":
+            raise Draining("The service is stopping and takes no new work.")
         generation = await state.worker.start(command)
     except ServiceError as error:
         meter.failed(error.code)

@@ -44,7 +44,8 @@ class ServiceState:
     metrics: Metrics
 
 
-def _state(request: Request) -> ServiceState:
+# Async, or FastAPI would call it in a thread of a pool, for every request.
+async def _state(request: Request) -> ServiceState:
     return cast(ServiceState, request.app.state.service)
 
 

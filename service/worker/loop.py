@@ -92,7 +92,10 @@ class Loop:
         for row in self._scheduler.start_waiting():
             self._note_start(row.key)
         action = self._scheduler.next_action()
-        self._status.num_running = len(self._requests) - self._admission.num_waiting
+        # Not by what admission counts: it also counts what has not been taken in yet.
+        self._status.num_running = sum(
+            request.started_at is not None for request in self._requests.values()
+        )
         match action:
             case Prefill():
                 self._status.enter("step")
@@ -155,7 +158,7 @@ class Loop:
             if request is None:
                 continue  # another output of this request was not finite
             if not token.is_finite:
-                self._fail_numerical(request, completion)
+                self._fail_numerical(request)
                 continue
             request.first_token_at = request.first_token_at or now
             step = completion.take(token)
@@ -166,10 +169,11 @@ class Loop:
             if request := self._requests.get(request_id):
                 self._finish_if_done(request)
 
-    def _fail_numerical(self, request: AdmittedRequest, completion: Completion) -> None:
-        slot = completion.row.slot
-        assert slot is not None
-        self._engine.clear(slot)
+    def _fail_numerical(self, request: AdmittedRequest) -> None:
+        # Its other outputs may have the same prompt, so their slots are no better.
+        for completion in request.completions:
+            if completion.row.slot is not None:
+                self._engine.clear(completion.row.slot)
         self._fail(request, "numerical", "The model produced a value that is not a number.")
 
     def _cut(self, request: AdmittedRequest, reason: FinishReason) -> None:

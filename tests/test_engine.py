@@ -1,0 +1,222 @@
+"""The engine on tiny presets: the same answer by another road."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.engine import row_buckets
+from model.errors import SequenceTooLong, TokenOutOfRange
+from model.gemma.forward import forward
+from model.slots import MAX_LOGPROBS, DecodeRow, Sampling
+from tests import goldens
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+compiled_forward = jax.jit(forward, static_argnums=0)
+PRESETS = pytest.mark.parametrize("name", goldens.TINY_PRESETS)
+
+
+def random_tokens(num_tokens, seed=0):
+    return np.random.default_rng(seed).integers(12, 512, num_tokens).tolist()
+
+
+def prefill(engine, slot, prompt):
+    """All but the last token, in chunks."""
+    chunk = engine.info.chunk_tokens
+    for start in range(0, len(prompt) - 1, chunk):
+        engine.prefill(slot, prompt[start : min(start + chunk, len(prompt) - 1)], start)
+
+
+def continue_alone(engine, prompt, num_tokens, *, slot=0, sampling=GREEDY):
+    """Tokens and log-probabilities of one sequence with the engine to itself."""
+    prefill(engine, slot, prompt)
+    tokens, logprobs = list(prompt), []
+    for _ in range(num_tokens):
+        row = DecodeRow(slot, tokens[-1], len(tokens) - 1, sampling, num_logprobs=0)
+        (sampled,) = engine.decode([row])
+        tokens.append(sampled.token_id)
+        logprobs.append(sampled.logprob)
+    return tokens[len(prompt) :], logprobs
+
+
+def full_logprobs(name, tokens):
+    """log p of every token given those before it, from one forward pass."""
+    model = goldens.backbone(name)
+    # Padded to one length, so that each preset compiles once; what follows a token cannot matter.
+    token_ids = np.zeros((1, 768), np.int32)
+    token_ids[0, : len(tokens)] = tokens
+    mask = np.arange(768)[None] < len(tokens)
+    logits = compiled_forward(model.config, model.gemma_weights, token_ids, mask).logits[0]
+    return np.asarray(jax.nn.log_softmax(logits, axis=-1))[: len(tokens)]
+
+
+@PRESETS
+@pytest.mark.parametrize("num_prompt_tokens", [1, 2, 33, 256, 257, 258, 700])
+def test_prefill_and_decode_equal_one_full_forward_pass(name, num_prompt_tokens, engine_of):
+    prompt = random_tokens(num_prompt_tokens)
+    completion, logprobs = continue_alone(engine_of(name), prompt, 8)
+    tokens = prompt + completion
+    expected = full_logprobs(name, tokens)[np.arange(len(prompt) - 1, len(tokens) - 1), completion]
+    np.testing.assert_allclose(logprobs, expected, atol=2e-4, rtol=0)
+
+
+def test_decoding_goes_on_where_the_ring_of_a_local_layer_wraps(engine_of):
+    # Window 4: a ring of 512 positions, and 500 tokens before the first one decoded.
+    prompt = random_tokens(500)
+    completion, logprobs = continue_alone(engine_of("gemma3_tiny"), prompt, 40)
+    tokens = prompt + completion
+    expected = full_logprobs("gemma3_tiny", tokens)[np.arange(499, 539), completion]
+    np.testing.assert_allclose(logprobs, expected, atol=2e-4, rtol=0)
+
+
+@PRESETS
+def test_what_a_slot_held_before_changes_no_bit(name, engine_of):
+    engine, prompt = engine_of(name), random_tokens(40)
+    first = continue_alone(engine, prompt, 6, slot=1)
+    continue_alone(engine, random_tokens(600, seed=1), 6, slot=1)
+    assert continue_alone(engine, prompt, 6, slot=1) == first
+    assert continue_alone(engine, prompt, 6, slot=3) == first
+
+
+@PRESETS
+def test_rows_of_a_batch_answer_as_they_do_alone(name, engine_of):
+    engine = engine_of(name)
+    prompts = [random_tokens(n, seed=n) for n in (3, 40, 300)]
+    samplings = [GREEDY, Sampling(1.5, 0, 0.9, 7), Sampling(0.7, 40, 1.0, 8)]
+    alone = [
+        continue_alone(engine, prompt, 10, sampling=sampling)
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    for slot, prompt in enumerate(prompts):
+        prefill(engine, slot, prompt)
+    sequences = [list(prompt) for prompt in prompts]
+    logprobs = [[] for _ in prompts]
+    for _ in range(10):
+        # In another order than the slots, which must not matter.
+        order = [2, 0, 1]
+        rows = [
+            DecodeRow(i, sequences[i][-1], len(sequences[i]) - 1, samplings[i], num_logprobs=0)
+            for i in order
+        ]
+        for i, sampled in zip(order, engine.decode(rows), strict=True):
+            sequences[i].append(sampled.token_id)
+            logprobs[i].append(sampled.logprob)
+    for i, (tokens, expected) in enumerate(alone):
+        assert sequences[i][len(prompts[i]) :] == tokens
+        np.testing.assert_allclose(logprobs[i], expected, atol=2e-5, rtol=0)
+
+
+def test_alternatives_are_the_likeliest_tokens_of_the_models_own_distribution(engine_of):
+    engine, prompt = engine_of("gemma2_tiny"), random_tokens(20)
+    prefill(engine, 0, prompt)
+    hot = Sampling(temperature=3.0, top_k=2, top_p=0.5, seed=5)
+    (sampled,) = engine.decode([DecodeRow(0, prompt[-1], 19, hot, (), MAX_LOGPROBS)])
+    expected = full_logprobs("gemma2_tiny", prompt)[-1]
+    best = np.argsort(-expected)[:MAX_LOGPROBS]
+    assert [token_id for token_id, _ in sampled.top] == best.tolist()
+    np.testing.assert_allclose([value for _, value in sampled.top], expected[best], atol=2e-4)
+    assert sampled.logprob == pytest.approx(expected[sampled.token_id], abs=2e-4)
+
+
+def test_a_draw_depends_on_its_seed(engine_of):
+    engine, prompt = engine_of("gemma3_tiny"), random_tokens(10)
+    drawn = {
+        tuple(continue_alone(engine, prompt, 8, sampling=Sampling(2.0, 0, 1.0, seed))[0])
+        for seed in range(6)
+    }
+    assert len(drawn) == 6
+    again = continue_alone(engine, prompt, 8, sampling=Sampling(2.0, 0, 1.0, 3))[0]
+    assert tuple(again) in drawn
+
+
+def test_a_vanishing_temperature_is_greedy(engine_of):
+    engine, prompt = engine_of("gemma3_tiny"), random_tokens(10)
+    greedy = continue_alone(engine, prompt, 5)
+    for temperature in (5e-324, 1e-40, 1e-20, 1e-6):
+        cold = Sampling(temperature, 0, 0.99, 4)
+        assert continue_alone(engine, prompt, 5, sampling=cold) == greedy
+
+
+def test_banned_ids_are_never_drawn(engine_of):
+    engine, prompt = engine_of("gemma3_tiny"), random_tokens(10)
+    prefill(engine, 0, prompt)
+    banned = ()
+    for _ in range(6):
+        (sampled,) = engine.decode([DecodeRow(0, prompt[-1], 9, GREEDY, banned)])
+        assert sampled.token_id not in banned
+        banned = (*banned, sampled.token_id)
+
+
+def test_nothing_compiles_once_an_engine_is_loaded(engine_of):
+    engine = engine_of("gemma3_tiny")
+    before = engine.num_compilations
+    assert before > 0
+    for num_tokens in (1, 5, 40, 100, 200, 256, 257, 600):
+        continue_alone(engine, random_tokens(num_tokens), 2, sampling=Sampling(1.0, 5, 0.5, 1))
+    for num_rows in (1, 2, 3, 4):
+        rows = [
+            DecodeRow(slot, 20 + slot, slot, Sampling(0.1 * slot, slot, 1 - 0.2 * slot, slot),
+                      tuple(range(slot)), slot or None)
+            for slot in range(num_rows)
+        ]  # fmt: skip
+        engine.decode(rows)
+    engine.clear(2)
+    assert engine.num_compilations == before
+
+
+def test_the_compilation_counter_sees_a_new_program(engine_of):
+    engine = engine_of("gemma3_tiny")
+    before = engine.num_compilations
+    jax.jit(lambda x: x * 3 + 17)(jnp.arange(91))
+    assert engine.num_compilations > before
+
+
+@pytest.mark.parametrize("token_id", [-1, 512, 2**31])
+def test_a_token_outside_the_vocabulary_never_reaches_jax(token_id, engine_of):
+    engine = engine_of("gemma1_tiny")
+    with pytest.raises(TokenOutOfRange, match=rf"{token_id} is not in \[0, 512\)"):
+        engine.prefill(0, [5, token_id], 0)
+    with pytest.raises(TokenOutOfRange):
+        engine.decode([DecodeRow(0, token_id, 0, GREEDY)])
+
+
+@pytest.mark.parametrize(("start", "num_tokens"), [(1, 5), (1024, 1), (768, 257)])
+def test_a_chunk_outside_its_slot_is_refused(start, num_tokens, engine_of):
+    with pytest.raises(SequenceTooLong):
+        engine_of("gemma1_tiny").prefill(0, [5] * num_tokens, start)
+
+
+def test_clearing_a_slot_rids_its_next_sequence_of_nan(engine_of):
+    engine, prompt = engine_of("gemma2_tiny"), random_tokens(10)
+    clean = continue_alone(engine, prompt, 3, slot=2)
+    engine._caches = [
+        type(cache)(cache.keys.at[2].set(jnp.nan), cache.values.at[2].set(jnp.nan))
+        for cache in engine._caches
+    ]
+    (poisoned,) = engine.decode([DecodeRow(2, 20, 5, GREEDY)])
+    assert not poisoned.is_finite
+    engine.clear(2)
+    assert continue_alone(engine, prompt, 3, slot=2) == clean
+
+
+def test_a_poisoned_slot_changes_no_other_row(engine_of):
+    engine, prompt = engine_of("gemma2_tiny"), random_tokens(10)
+    prefill(engine, 0, prompt)
+    rows = [DecodeRow(0, prompt[-1], 9, GREEDY, (), 5), DecodeRow(1, 20, 5, GREEDY, (), 5)]
+    clean, _ = engine.decode(rows)
+    engine._caches = [
+        type(cache)(cache.keys.at[1].set(jnp.nan), cache.values.at[1].set(jnp.nan))
+        for cache in engine._caches
+    ]
+    neighbour, poisoned = engine.decode(rows)
+    engine.clear(1)
+    assert neighbour == clean
+    assert not poisoned.is_finite
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "buckets"),
+    [(1, (2,)), (2, (2,)), (3, (2, 4)), (5, (2, 4, 8)), (8, (2, 4, 8)), (64, (2, 4, 8))],
+)
+def test_decode_programs_have_two_four_or_eight_rows(num_slots, buckets):
+    assert row_buckets(num_slots) == buckets

@@ -1,0 +1,227 @@
+"""What is installed, and what our own code must not do: lock files, package data, banned calls."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCKS = {name: (ROOT / name).read_text() for name in ("requirements.lock", "requirements-dev.lock")}
+
+# The oldest versions in which what they read from strangers is safe.
+FLOORS = {
+    "h11": "0.16.0",  # CVE-2025-43859
+    "h5py": "3.16.0",  # CVE-2026-26200, in HDF5
+    "keras": "3.15.1",  # guards of its HDF5 reader, closed Lambda layers
+    "safetensors": "0.8.0",
+    "sentencepiece": "0.2.3",  # CVE-2026-1260
+    "starlette": "1.3.1",  # CVE-2026-48710, CVE-2026-54283
+}
+# They parse what strangers send, load code, or fetch files; nothing here needs them.
+ABSENT = (
+    *("cloudpickle", "dill", "huggingface-hub", "jinja2", "joblib", "kagglehub", "keras-hub"),
+    *("python-multipart", "tensorflow", "torch", "transformers"),
+)
+
+
+# --- lock files -------------------------------------------------------------------------------
+
+
+def read_lock(text: str) -> dict[str, set[str]]:
+    """Pins by name, each with its marker and hashes on one line."""
+    pins: dict[str, set[str]] = {}
+    for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
+        if line.strip() and not line.startswith("#"):
+            name = re.split(r"[^A-Za-z0-9._-]", line)[0]
+            pins.setdefault(name, set()).add(line.strip())
+    return pins
+
+
+def versions(text: str) -> dict[str, set[Version]]:
+    """Versions by name; several where a marker decides."""
+    return {
+        name: {Version(pin) for line in lines for pin in re.findall(r"==(\S+)", line.split(";")[0])}
+        for name, lines in read_lock(text).items()
+    }
+
+
+def lock_findings(text: str) -> list[str]:
+    """Requirements that are not exactly one version with hashes, or are below a floor."""
+    found = []
+    pin = re.compile(r"[a-z0-9.-]+==[0-9][^\s;]*( ; [^#]+?)?( --hash=sha256:[0-9a-f]{64})+")
+    for lines in read_lock(text).values():
+        found += [f"not pinned by hash: {line:.60}" for line in lines if not pin.fullmatch(line)]
+    locked = versions(text)
+    for name, floor in FLOORS.items():
+        if any(version < Version(floor) for version in locked[name]):
+            found.append(f"{name} is below {floor}")
+    found += [f"{name} should not be needed" for name in ABSENT if name in locked]
+    return found
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_file_pins_everything_by_hash_above_the_floors(name):
+    assert lock_findings(LOCKS[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "finding"),
+    [
+        (r"(h11==\S+) \\\n(    --hash\S+( \\)?\n)+", r"\1\n", "not pinned by hash: h11"),
+        (r"h11==\S+", "h11>=0.16", "not pinned by hash: h11"),
+        (r"h11==\S+", "h11 @ https://a.example/h11.whl", "not pinned by hash: h11"),
+        (r"\A", "-e git+https://a.example/x\n", "not pinned by hash: -e"),
+        (r"h11==\S+", "h11==0.15.0", "h11 is below 0.16.0"),
+        (r"starlette==\S+", "starlette==1.3.0", "starlette is below 1.3.1"),
+        (r"absl-py==\S+", "torch==2.9.0", "torch should not be needed"),
+    ],
+)
+def test_a_bad_lock_file_is_found(pattern, replacement, finding):
+    bad = re.sub(pattern, replacement, LOCKS["requirements.lock"], count=1)
+
+    assert any(finding in line for line in lock_findings(bad))
+
+
+def test_the_lock_for_development_holds_the_other_with_the_same_pins():
+    product, development = (read_lock(text) for text in LOCKS.values())
+
+    assert {name: development.get(name) for name in product} == product
+    assert len(development) > len(product)
+
+
+@pytest.mark.parametrize(
+    ("lock", "groups"),
+    [
+        ("requirements.lock", ("serve", "demo")),
+        ("requirements-dev.lock", ("serve", "demo", "dev")),
+    ],
+)
+def test_a_lock_file_meets_every_requirement_of_the_project(lock, groups):
+    project = PYPROJECT["project"]
+    extras = [line for group in groups for line in project["optional-dependencies"][group]]
+    locked = versions(LOCKS[lock])
+
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        pins = locked[requirement.name.lower()]
+        assert pins
+        assert all(requirement.specifier.contains(pin) for pin in pins), str(requirement)
+
+
+# --- package ----------------------------------------------------------------------------------
+
+
+def test_the_tiny_preset_is_package_data():
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["model"]
+    packed = {path for pattern in patterns for path in (ROOT / "model").glob(pattern + "/*")}
+    data = {
+        path
+        for package in ("model", "service")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+
+    assert {path.name for path in data} >= {"config.json", "model.weights.h5", "vocabulary.spm"}
+    assert data <= packed
+
+
+def test_every_folder_of_code_is_a_package():
+    for name in ("model", "service"):
+        for path in (ROOT / name).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), f"{path} would be left out of a wheel"
+
+
+# --- banned -----------------------------------------------------------------------------------
+
+_BANNED_MODULES = {
+    *("cloudpickle", "dill", "joblib", "marshal", "multiprocessing", "pickle", "shelve"),
+    *("_pickle", "imp", "code", "torch"),
+}
+_BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def banned(source: str) -> list[str]:
+    """Uses of what can run code that comes as data, each with its line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                modules = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module)):
+                modules = [module]
+            case _:
+                modules = []
+        uses = [name for name in modules if name.partition(".")[0] in _BANNED_MODULES]
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in _BANNED_CALLS:
+                uses.append(name)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr=name)) if name in (
+                "system",
+                "popen",
+            ):
+                uses.append(f"os.{name}")
+            case ast.keyword(arg="shell" | "allow_pickle" as name, value=value) if not (
+                isinstance(value, ast.Constant) and value.value is False
+            ):
+                uses.append(name)
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="np" | "numpy" | "jnp"), attr="load")
+            ) if not any(word.arg == "allow_pickle" for word in node.keywords):
+                uses.append("load without allow_pickle=False")
+        found += [f"line {getattr(node, 'lineno', 0)}: {use}" for use in uses]
+    return found
+
+
+@pytest.mark.parametrize("package", ["model", "service"])
+def test_no_code_comes_out_of_data(package):
+    found = {
+        str(path.relative_to(ROOT)): uses
+        for path in (ROOT / package).rglob("*.py")
+        if (uses := banned(path.read_text()))
+    }
+
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads as read",
+        "import cloudpickle.cloudpickle",
+        "import os, dill",
+        "import shelve",
+        "import marshal",
+        "from joblib import load",
+        "def late():\n    import multiprocessing.shared_memory",
+        "eval('1')",
+        "exec(text)",
+        "__import__('pickle')",
+        "subprocess.run(line, shell=True)",
+        "subprocess.run(line, shell=is_easy)",
+        "os.system('true')",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path)",
+        "numpy.load(path, allow_pickle=trusted)",
+    ],
+)
+def test_a_banned_use_is_found(source):
+    assert banned(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "np.load(path, allow_pickle=False)",
+        "subprocess.run(words, shell=False)",
+        "import pickled_vegetables",
+        "engine.compile(progress)",
+        "text = 'import pickle'",
+    ],
+)
+def test_what_only_looks_banned_is_let_through(source):
+    assert banned(source) == []

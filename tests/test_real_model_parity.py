@@ -1,0 +1,97 @@
+"""Our Gemma 3 270M against Hugging Face transformers, on the same float32 weights.
+
+The stored answers come from ``tests/gold/run.sh``, which also prints how far we are from them: some
+1e-5 for log-probabilities of the tokens that occur, up to 4e-4 for unlikely ones.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.engine import load
+from model.slots import EngineOptions
+from tests.gold import our_answers
+
+_GOLDENS = Path(__file__).parent / "goldens" / "gemma3_270m"
+_CASES = {
+    case.get("name", case.get("prompt")): case
+    for case in json.loads((_GOLDENS / "cases.json").read_text())
+    + json.loads((_GOLDENS / "long_cases.json").read_text())["cases"]
+}
+
+_TOLERANCE = 2e-3
+# Where transformers' best two tokens are closer than this, rounding may choose.
+_CLEAR_MARGIN = 0.02
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    cache_dir = os.environ.get("GEMMA_TEST_CACHE_DIR") or tmp_path_factory.mktemp("cache")
+    options = EngineOptions(
+        preset="gemma3_270m", num_slots=2, context_tokens=4096, cache_dir=Path(cache_dir)
+    )
+    return load(options, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def cached(engine):
+    """Name -> what decode drew, the cases two by two."""
+    names = list(_CASES)
+    drawn = {}
+    for pair in zip(names[::2], names[1::2], strict=True):
+        answers = our_answers.cached(engine, [_CASES[name] for name in pair])
+        drawn |= dict(zip(pair, answers, strict=True))
+    return drawn
+
+
+@pytest.fixture(scope="module", params=_CASES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def full(engine, name):
+    # The engine's own arrays: a second gigabyte would take seconds to read.
+    return our_answers.full_forward(engine._config, engine._weights, _CASES[name])
+
+
+@pytest.mark.parametrize("name", [name for name, case in _CASES.items() if "prompt" in case])
+def test_text_becomes_the_ids_of_transformers(engine, name):
+    case = _CASES[name]
+    assert [engine.codec.bos_id, *engine.codec.encode(case["prompt"])] == case["token_ids"]
+
+
+def test_a_full_forward_gives_prompt_tokens_the_logprobs_of_transformers(full, name):
+    expected = _CASES[name]["prompt_logprobs"]
+    assert len(full.prompt) >= min(512, len(expected))
+    np.testing.assert_allclose(full.prompt, expected[-len(full.prompt) :], rtol=0, atol=_TOLERANCE)
+
+
+def test_decode_draws_the_greedy_tokens_of_transformers(cached):
+    num_compared = 0
+    for name, case in _CASES.items():
+        for step, margin in enumerate(case["greedy_margins"]):
+            if margin > _CLEAR_MARGIN:
+                drawn, expected = cached[name][step].token_id, case["greedy_token_ids"][step]
+                assert drawn == expected, f"{name}, token {step}"
+                num_compared += 1
+    assert num_compared == 190, "of 8 × 24; the two others have margins below 0.02"
+
+
+def test_decode_reports_the_alternatives_of_transformers(cached, name):
+    case = _CASES[name]
+    first, expected = dict(cached[name][0].top), dict(case["next_top5"])
+    assert {id_: first[id_] for id_ in expected} == pytest.approx(expected, rel=0, abs=_TOLERANCE)
+    margins = [token.top[0][1] - token.top[1][1] for token in cached[name]]
+    np.testing.assert_allclose(margins, case["greedy_margins"], rtol=0, atol=_TOLERANCE)
+
+
+def test_decode_with_the_cache_agrees_with_a_full_forward(full, cached, name):
+    for step, token in enumerate(cached[name]):
+        expected = full.following[step]
+        assert token.logprob == pytest.approx(expected[token.token_id], rel=0, abs=5e-5)
+        ids, logprobs = zip(*token.top, strict=True)
+        np.testing.assert_allclose(logprobs, expected[list(ids)], rtol=0, atol=1e-3)
