@@ -28,7 +28,7 @@ from model.gemma.kv_cache import BLOCK_TOKENS, LayerCache
 from model.gemma.weights import num_parameters
 from model.prefill import CHUNK_BUCKETS, embed_chunk, prefill_block
 from model.presets.converted import ConvertedPreset
-from model.presets.resolve import open_preset
+from model.presets.resolve import IS_INSTRUCT, open_preset
 from model.programs import CompilationCounter, ProgramSpec, use_compile_cache
 from model.progress import Progress
 from model.samplers.draw import SamplingRows
@@ -113,7 +113,7 @@ class GemmaEngine:
             preset=self._options.preset,
             preset_digest=self._preset_digest,
             family=self._config.family,
-            is_instruct=False,
+            is_instruct=IS_INSTRUCT.get(self._options.preset),
             num_parameters=num_parameters(self._config),
             dtype="float32",
             backend=jax.default_backend(),

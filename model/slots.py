@@ -43,12 +43,15 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What was loaded, for `/info`. ``programs`` are the compiled programs by name."""
+    """What was loaded, for `/info`.
+
+    ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name.
+    """
 
     preset: str
     preset_digest: str
     family: str
-    is_instruct: bool
+    is_instruct: bool | None
     num_parameters: int
     dtype: str
     backend: str

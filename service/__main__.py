@@ -12,7 +12,7 @@ from pydantic_settings import CliApp, SettingsError
 
 from service import runtime
 from service.data_directory import DataDirectory, DataDirectoryInUse
-from service.observability import log_to_stderr
+from service.logs import log_to_stderr
 from service.settings import Settings
 from service.startup_display import startup_display
 from service.version import VERSION
@@ -91,7 +91,7 @@ def _serve(options: list[str]) -> int:
             _EXIT_CANNOT_CREATE,
         )
     host, port = listener.getsockname()[:2]
-    _say(json.dumps({"event": "listening", "host": host, "port": port}))
+    _say(json.dumps({"event": "listening", "host": host, "port": port, "pid": os.getpid()}))
     try:
         asyncio.run(runtime.serve(settings, listener, startup_display()))
     except runtime.LoadRefused as refusal:

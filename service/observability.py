@@ -1,15 +1,11 @@
-"""What operators see: metrics and log lines.
+"""What Prometheus sees.
 
 Labels come from closed sets only, and every label set exists at zero from the start, so that a rate
 over a counter is right from its first event. The worker counts in plain numbers; only this process
 holds prometheus objects, so a restarted worker never turns a counter back.
 """
 
-import json
-import logging
-import sys
 import time
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -220,27 +216,3 @@ class GenerationMeter:
 
     def abandoned(self) -> None:
         self._metrics.cancelled.labels("disconnect").inc()
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line; control characters are escaped, so no text can forge a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if request_id := getattr(record, "request_id", None):
-            line["request_id"] = request_id
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def log_to_stderr(level: str) -> None:
-    """Makes JSON lines on standard error the only log of this process."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -11,7 +11,6 @@ leaves with status 0. A second signal skips the wait.
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -36,8 +35,6 @@ log = logging.getLogger(__name__)
 # One request line and its headers; h11 closes the connection beyond it.
 _MAX_HEADER_BYTES = 16 * 1024
 _KEEP_ALIVE_SECONDS = 5
-# For clients that do not read the end of their answer, after the drain time.
-_CUT_OFF_SECONDS = 2
 _BACKLOG = 2048
 _DRAIN_POLL_SECONDS = 0.05
 # After draining, for handlers to write the last bytes of what was ended.
@@ -67,6 +64,7 @@ class Service:
             self,
             step_timeout_seconds=settings.step_timeout_seconds,
             load_timeout_seconds=settings.load_timeout_seconds,
+            log_level=settings.log_level,
         )
         self._client = WorkerClient(self.supervisor.send)
         self.app = create_app(ServiceState(settings, self._client, self, self._metrics))
@@ -140,10 +138,6 @@ class Service:
         self._metrics.worker_restarts.inc()
         self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
         self._display.close()
-
-    def end_running(self) -> None:
-        """Ends, as a failure that may be tried again, every request that still runs."""
-        self._client.fail_all("draining", "The service stopped before this request ended.")
 
     def _count_compilations(self, total: int, phase: str) -> None:
         self._metrics.compilations.labels(phase).inc(max(total - self._compilations_seen, 0))

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeE
 
 _LINE_SECONDS = 2.0
 _VERBS = {
-    "download": "Downloading",
+    "download": "Fetching",
     "convert": "Converting",
     "load": "Loading",
     "compile": "Compiling",

@@ -85,6 +85,7 @@ class Supervisor:
         listener: Told what happens.
         step_timeout_seconds: A step that takes longer counts as hung.
         load_timeout_seconds: Loading without progress for longer counts as hung.
+        log_level: Of the worker.
     """
 
     def __init__(
@@ -94,11 +95,13 @@ class Supervisor:
         *,
         step_timeout_seconds: float,
         load_timeout_seconds: float,
+        log_level: str = "INFO",
     ) -> None:
         self._load = load
         self._listener = listener
         self._step_timeout_seconds = step_timeout_seconds
         self._load_timeout_seconds = load_timeout_seconds
+        self._log_level = log_level
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._heartbeat: tuple[Heartbeat | None, float] = (None, 0.0)
@@ -194,6 +197,7 @@ class Supervisor:
 
     def _spawn(self, descriptor: int) -> subprocess.Popen[bytes]:
         arguments = ["--fd", str(descriptor), "--parent", str(os.getpid())]
+        arguments += ["--log-level", self._log_level]
         # From the main thread: the kernel ties the worker's life to the thread that started it.
         return subprocess.Popen(
             [sys.executable, "-m", "service.worker", *arguments],

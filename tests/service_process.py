@@ -19,16 +19,8 @@ ENGINE = "tests.fakes.arithmetic_engine:load"
 
 def command(directory: Path, *options: str) -> list[str]:
     """The command line of a service that keeps its files in ``directory``."""
-    words = [sys.executable, "-m", "service", "serve", "--port", "0", "--engine", ENGINE]
-    return [
-        *words,
-        "--preset",
-        "x",
-        "--data-dir",
-        f"{directory}",
-        "--cache-dir",
-        f"{directory}",
-    ] + [*options]
+    words = [sys.executable, "-m", "service", "serve", "--port=0", f"--engine={ENGINE}"]
+    return [*words, "--preset=x", f"--data-dir={directory}", f"--cache-dir={directory}", *options]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
@@ -105,7 +97,7 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         elif line.startswith(":"):
             event = {"event": ":", "text": line}
         else:
-            assert name in ("event", "id", "data") and name not in event, line
+            assert name in {"event", "id", "data"} - event.keys(), line
             event[name] = json.loads(value) if name == "data" else value
     assert event == {}, "the stream ends in the middle of an event"
 

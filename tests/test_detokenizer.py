@@ -1,6 +1,7 @@
 """model.detokenizer: what is released is whole characters, and never has to be taken back."""
 
 import codecs
+import itertools
 
 import pytest
 from hypothesis import example, given, strategies as st
@@ -127,7 +128,7 @@ def test_the_pieces_joined_are_the_whole_text_cut_at_the_first_stop_string(
     expected = whole[: min(stops)[1]] if stops else whole
 
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(borders)]
     assert "".join(released(pieces, *stop_strings)) == expected
 
 

@@ -5,13 +5,13 @@ The stored answers come from ``tests/gold/run.sh``, which also prints how far we
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.engine import load
+from model.progress import no_progress
 from model.slots import EngineOptions
 from tests.gold import our_answers
 
@@ -22,18 +22,17 @@ _CASES = {
     + json.loads((_GOLDENS / "long_cases.json").read_text())["cases"]
 }
 
+# Found: 5e-5 and 4e-4.
+_PROMPT_TOLERANCE = 5e-4
 _TOLERANCE = 2e-3
 # Where transformers' best two tokens are closer than this, rounding may choose.
 _CLEAR_MARGIN = 0.02
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    cache_dir = os.environ.get("GEMMA_TEST_CACHE_DIR") or tmp_path_factory.mktemp("cache")
-    options = EngineOptions(
-        preset="gemma3_270m", num_slots=2, context_tokens=4096, cache_dir=Path(cache_dir)
-    )
-    return load(options, lambda *_: None)
+def engine(cache_dir):
+    # As the service loads it by default, so that its programs are compiled once for all tests.
+    return load(EngineOptions("gemma3_270m", 8, 4096, cache_dir), no_progress)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +65,9 @@ def test_text_becomes_the_ids_of_transformers(engine, name):
 
 def test_a_full_forward_gives_prompt_tokens_the_logprobs_of_transformers(full, name):
     expected = _CASES[name]["prompt_logprobs"]
-    assert len(full.prompt) >= min(512, len(expected))
-    np.testing.assert_allclose(full.prompt, expected[-len(full.prompt) :], rtol=0, atol=_TOLERANCE)
+    assert len(full.prompt) >= min(256, len(expected))
+    expected = expected[-len(full.prompt) :]
+    np.testing.assert_allclose(full.prompt, expected, rtol=0, atol=_PROMPT_TOLERANCE)
 
 
 def test_decode_draws_the_greedy_tokens_of_transformers(cached):

@@ -84,14 +84,36 @@ def test_sigterm_lets_a_running_stream_finish_and_leaves_nothing(tmp_path):
             service.get("/health")
 
 
-def test_what_still_runs_when_the_drain_time_is_over_ends_with_a_problem(tmp_path):
-    with running_service(tmp_path, "--drain-seconds=0.5", **SLOW_STEPS) as service:
-        with service.stream([5], max_tokens=3000) as stream:
+def test_while_it_drains_it_is_not_ready_and_refuses_new_work(tmp_path):
+    with running_service(tmp_path, **SLOW_STEPS) as service:
+        with service.stream([1], max_tokens=20) as stream:
             assert next(stream)["event"] == "start"
             service.process.send_signal(signal.SIGTERM)
+            assert eventually(lambda: not service.is_ready(), 0.5)
+            assert service.get("/ready").json() == {"ready": False, "reason": "draining"}
+            for is_streamed in (False, True):
+                refusal = service.generate([1], stream=is_streamed)
+                assert (refusal.status_code, refusal.json()["code"]) == (503, "draining")
+                assert refusal.headers["retry-after"] == "5"
+            *_, done = stream
+        assert done["event"] == "done"
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_what_runs_when_the_drain_time_is_over_or_cut_short_ends_with_a_problem(
+    tmp_path, num_signals
+):
+    drain_seconds = 0.5 if num_signals == 1 else 60.0
+    option = f"--drain-seconds={drain_seconds}"
+    with running_service(tmp_path, option, **SLOW_STEPS) as service:
+        with service.stream([5], max_tokens=3000) as stream:
+            assert next(stream)["event"] == "start"
             stopped_at = time.monotonic()
+            for _ in range(num_signals):
+                service.process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
             *_, last = stream
-        assert 0.5 <= time.monotonic() - stopped_at < 2
+        assert 0.2 <= time.monotonic() - stopped_at < 2
         assert (last["event"], last["data"]["code"]) == ("error", "draining")
         assert service.process.wait(5) == 0
         assert "Traceback" not in service.log

@@ -11,6 +11,8 @@ from model.progress import Progress, no_progress
 TINY = "tiny"
 DEMO = "gemma3_270m"
 PRESET_NAMES = (TINY, DEMO)
+# Whether a built-in preset was tuned to follow instructions; no file says so for other ones.
+IS_INSTRUCT = {TINY: False, DEMO: False}
 
 _TINY_DIRECTORY = Path(__file__).parent / "tiny"
 
@@ -82,6 +84,6 @@ def _open_demo(cache_dir: Path, progress: Progress) -> PresetReader:
     from model.presets.gguf_file import GgufPreset
 
     def copied(done: int, total: int) -> None:
-        progress("download", done, total)
+        progress("download", float(done), float(total))
 
     return GgufPreset.open(assemble(cache_dir / "downloads", copied))

@@ -295,7 +295,9 @@ class Info(_Model):
     preset: str
     preset_digest: str
     family: str
-    instruct: bool
+    instruct: bool | None = Field(
+        description="Whether the model was tuned to follow instructions; null: nothing says so."
+    )
     parameters: int
     dtype: str
     quantization: str | None

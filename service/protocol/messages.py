@@ -124,7 +124,7 @@ class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preset: str
     preset_digest: str
     family: str
-    is_instruct: bool
+    is_instruct: bool | None
     num_parameters: int
     dtype: str
     backend: str

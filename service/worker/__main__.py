@@ -18,6 +18,7 @@ import time
 
 from model.errors import ModelError, PresetError
 from model.slots import Engine, EngineLoader
+from service.logs import log_to_stderr
 from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
     Cancel,
@@ -173,11 +174,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m service.worker")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket")
     parser.add_argument("--parent", type=int, required=True, help="process id of the API process")
+    parser.add_argument("--log-level", default="INFO")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    log_to_stderr(arguments.log_level)
     connection = socket.socket(fileno=arguments.fd)
     return Worker(connection).run()
 

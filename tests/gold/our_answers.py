@@ -18,8 +18,8 @@ from model.slots import MAX_LOGPROBS, DecodeRow, Engine, SampledToken, Sampling
 _SLICE_TOKENS = 128
 
 # The head is most of the time, so of a longer prompt only the end is scored, this much and up to a
-# slice more. Every position up to the longest prompt's is still scored in one case or another.
-_SCORED_TOKENS = 512
+# slice more: it has seen all that comes before.
+_SCORED_TOKENS = 256
 
 _GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 

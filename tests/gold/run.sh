@@ -22,7 +22,7 @@ fi
 "$ours" -m tests.gold.export_weights "$work/model"
 "$theirs/bin/python" tests/gold/transformers_answers.py \
   "$work/model" "$goldens/cases.json" "$work/long_cases.json"
+"$ours" -m tests.gold.differences "$work/long_cases.json"
 if [[ ${1-} == --store ]]; then
   cp "$work/long_cases.json" "$goldens/long_cases.json"
 fi
-"$ours" -m tests.gold.differences "$work/long_cases.json"

