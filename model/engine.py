@@ -4,8 +4,7 @@
 
 * ``decode[rows]``: one whole step for 2, 4, 8 … rows (a lone row runs beside an empty one);
 * ``embed[tokens]`` and ``block[tokens, positions]``: one chunk of a prompt, block by block, one
-  program for all layers whose cache has the same number of positions;
-* ``clear[positions]``: zeroes one slot.
+  program for all layers whose cache has the same number of positions.
 
 See `model.slots` for the life of a sequence.
 """
@@ -24,7 +23,7 @@ from model.errors import SequenceTooLong, TokenOutOfRange
 from model.gemma import kv_cache
 from model.gemma.backbone import GemmaBackbone
 from model.gemma.block import layer_traits
-from model.gemma.kv_cache import BLOCK_TOKENS, LayerCache
+from model.gemma.kv_cache import BLOCK_TOKENS
 from model.gemma.weights import num_parameters
 from model.prefill import CHUNK_BUCKETS, embed_chunk, prefill_block
 from model.presets.converted import ConvertedPreset
@@ -151,7 +150,6 @@ class GemmaEngine:
             self._decode_group(
                 [DecodeRow(slot, 0, 0, sampling, (0,), 1) for slot in range(num_rows)]
             )
-        self.clear(0)
 
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Writes the keys and values of one chunk of a prompt into its slot."""
@@ -206,12 +204,6 @@ class GemmaEngine:
             sampled.append(token)
         return sampled
 
-    def clear(self, slot: int) -> None:
-        """Zeroes one slot in every layer."""
-        for layer, cache in enumerate(self._caches):
-            program = self._programs[f"clear[{cache.num_positions}]"]
-            self._caches[layer] = program(cache, np.int32(slot))
-
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         """JAX clamps a bad index silently, so none may get there."""
         bad = [id_ for id_ in token_ids if not 0 <= id_ < self._config.vocabulary_size]
@@ -261,10 +253,6 @@ class GemmaEngine:
             embeddings = self._weights.embeddings
             specs.append(ProgramSpec(f"embed[{bucket}]", embed_chunk, (embeddings, token_ids)))
             specs.extend(self._block_spec(size, i, x) for size, i in layer_of_size.items())
-        slot = _shaped((), jnp.int32)
-        for size, i in layer_of_size.items():
-            cache = self._caches[i]
-            specs.append(ProgramSpec(f"clear[{size}]", _clear_slot, (cache, slot), donated=(0,)))
         return specs
 
     def _block_spec(self, size: int, layer: int, x: jax.ShapeDtypeStruct) -> ProgramSpec:
@@ -292,7 +280,3 @@ def row_buckets(num_slots: int) -> tuple[int, ...]:
 
 def _shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _clear_slot(cache: LayerCache, slot: jax.Array) -> LayerCache:
-    return LayerCache(cache.keys.at[slot].set(0), cache.values.at[slot].set(0))

@@ -8,7 +8,8 @@ prompt tokens lives like this::
     decode([..., row(token n), ...])               yields token n+1, and so on
 
 The last prompt token is decoded, not prefilled, so every token is sampled by one program. Nothing
-needs to be freed: a new sequence overwrites what it can see.
+needs to be freed or cleared: a new sequence overwrites what it can see, and what it cannot see
+changes no bit of it, not even NaN.
 
 Only the standard library is imported here, so that a fake engine is a few lines of integers.
 """
@@ -158,9 +159,6 @@ class Engine(Protocol):
 
     def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
         """One step for 1 to ``info.num_slots`` rows, in any order of slots."""
-
-    def clear(self, slot: int) -> None:
-        """Forgets a slot that holds NaN, which even a hidden key would spread."""
 
 
 EngineLoader = Callable[[EngineOptions, Progress], Engine]

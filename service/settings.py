@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
     )
     body_bytes: int = Field(
-        1_048_576, ge=1024, le=67_108_864, description="Bytes of a request body."
+        1_048_576, ge=1024, le=16_777_216, description="Bytes of a request body."
     )
     body_timeout_seconds: float = Field(
         30.0, gt=0, le=3600, description="Seconds that a request body may take to arrive."

@@ -91,6 +91,10 @@ def attend_slot(
         keys = kv_cache.read_block(cache.keys, slot, block)
         values = kv_cache.read_block(cache.values, slot, block)
         key_positions = block * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS, dtype=positions.dtype)
+        # What lies beyond the last query is another sequence's. A weight of zero does not hide it
+        # if it is NaN.
+        is_own = (key_positions <= positions[-1])[None, :, None]
+        values = jnp.where(is_own, values, jnp.zeros((), values.dtype))
         where = masks.visible(positions, key_positions, window_tokens)[None, None]
         logits = soft_cap(jnp.einsum("tkgh,ksh->kgts", grouped, keys), logit_cap)
         logits = jnp.where(where, logits.astype(jnp.float32), _NO_MAXIMUM)

@@ -142,6 +142,10 @@ class Worker:
         except ModelError as error:
             code = translate.error_code(error)
             self._writer.send([Failed(command.request_id, code, str(error))])
+        except Exception:
+            # One text that the tokenizer cannot take must not take the worker with it.
+            log.exception("admitting %s failed", command.request_id)
+            self._writer.send([Failed(command.request_id, "internal", "Admission failed.")])
         else:
             # Accepted goes out before the loop can know of the request and send its first piece.
             self._writer.send([accepted])

@@ -158,7 +158,8 @@ class Loop:
             if request is None:
                 continue  # another output of this request was not finite
             if not token.is_finite:
-                self._fail_numerical(request)
+                detail = "The model produced a value that is not a number."
+                self._fail(request, "numerical", detail)
                 continue
             request.first_token_at = request.first_token_at or now
             step = completion.take(token)
@@ -168,13 +169,6 @@ class Loop:
         for request_id in {row.key.request_id for row in action.rows}:
             if request := self._requests.get(request_id):
                 self._finish_if_done(request)
-
-    def _fail_numerical(self, request: AdmittedRequest) -> None:
-        # Its other outputs may have the same prompt, so their slots are no better.
-        for completion in request.completions:
-            if completion.row.slot is not None:
-                self._engine.clear(completion.row.slot)
-        self._fail(request, "numerical", "The model produced a value that is not a number.")
 
     def _cut(self, request: AdmittedRequest, reason: FinishReason) -> None:
         """Ends every output that still runs; what was generated stands."""

@@ -93,9 +93,6 @@ class ArithmeticEngine:
         time.sleep(self._step_seconds)
         return [self._decode_row(row) for row in rows]
 
-    def clear(self, slot: int) -> None:
-        self._slots[slot] = []
-
     def _decode_row(self, row: DecodeRow) -> SampledToken:
         tokens = self._slots[row.slot]
         tokens[row.position :] = [row.token_id]
