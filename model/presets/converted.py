@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from model.config import GemmaConfig
 from model.errors import PresetError, PresetFileInvalid
@@ -43,6 +43,7 @@ from model.presets.safetensors_header import check_safetensors
 from model.progress import Progress, no_progress
 
 _MAX_TOKENIZER_BYTES = 16 << 20
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 _logger = logging.getLogger(__name__)
 
@@ -114,18 +115,19 @@ def load_arrays(
         PresetFileMissing, PresetFileInvalid: The file does not hold exactly these weights.
     """
     specs = list(weight_specs(config))
-    check_safetensors(path, specs)
+    places = check_safetensors(path, specs)
     total = 4.0 * num_parameters(config)
     done = 0.0
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            for spec in specs:
-                array = np.ascontiguousarray(tensors.get_tensor(spec.name), dtype=np.float32)
-                done += array.nbytes
-                yield spec.name, array
-                progress("load", done, total)
-    except SafetensorError as error:
-        raise PresetFileInvalid(f"{path} cannot be read: {error!s:.160}.") from error
+    # Mapped here and not by the safetensors library, whose arrays are a second copy of the file:
+    # that made loading four times slower.
+    file = np.memmap(path, np.uint8, mode="r")
+    for spec in specs:
+        place = places[spec.name]
+        raw = file[place.start : place.start + place.num_bytes]
+        array = raw.view(_DTYPES[place.dtype]).reshape(spec.shape).astype(np.float32, copy=False)
+        done += array.nbytes
+        yield spec.name, array
+        progress("load", done, total)
 
 
 def _source_key(source_files: tuple[Path, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Checks the header of a safetensors file before the library opens it.
+"""Checks the header of a safetensors file before anything else reads it.
 
 The library is safe against memory faults but not against cost: a million empty tensors in a
 header keep it busy for seconds and take a gigabyte. So the header is bounded, counted and parsed
@@ -10,6 +10,7 @@ A file is an 8-byte little-endian length, a JSON header of that length, and the 
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import PresetFileInvalid
@@ -32,8 +33,17 @@ _MAX_COUNTS = {
 }
 
 
-def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> None:
-    """Checks that ``path`` holds exactly the arrays ``specs`` and not one byte more.
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where one array stands in its file: ``num_bytes`` from byte ``start`` of the file on."""
+
+    dtype: str
+    start: int
+    num_bytes: int
+
+
+def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> dict[str, TensorPlace]:
+    """Where each array is, having checked that ``path`` holds exactly ``specs`` and nothing else.
 
     Raises:
         PresetFileMissing: There is no such file.
@@ -55,31 +65,39 @@ def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> None:
             )
     header = parse_object(raw_header, f"{path}: the header")
     header.pop("__metadata__", None)
-    _check_tensors(path, header, data_bytes=file_bytes - 8 - length, specs=specs)
+    return _check_tensors(path, header, data_start=8 + length, file_bytes=file_bytes, specs=specs)
 
 
 def _check_tensors(
-    path: Path, header: dict[str, object], *, data_bytes: int, specs: Iterable[WeightSpec]
-) -> None:
+    path: Path,
+    header: dict[str, object],
+    *,
+    data_start: int,
+    file_bytes: int,
+    specs: Iterable[WeightSpec],
+) -> dict[str, TensorPlace]:
     shapes = {spec.name: spec.shape for spec in specs}
     for name in sorted(shapes.keys() - header.keys()):
         raise PresetFileInvalid(f"{path}: tensor {name} is missing.")
     for name in sorted(header.keys() - shapes.keys()):
         raise PresetFileInvalid(f"{path}: tensor {name!r:.80} does not belong to the model.")
-    ranges = sorted(_byte_range(path, name, header[name], shapes[name]) for name in shapes)
-    end = 0
-    for start, stop in ranges:
-        if start != end:
+    places = {name: _place(path, name, header[name], shapes[name], data_start) for name in shapes}
+    end = data_start
+    for place in sorted(places.values(), key=lambda place: place.start):
+        if place.start != end:
             raise PresetFileInvalid(f"{path}: its tensors overlap or leave a gap at byte {end:,}.")
-        end = stop
-    if end != data_bytes:
+        end += place.num_bytes
+    if end != file_bytes:
         raise PresetFileInvalid(
-            f"{path} has {data_bytes:,} bytes of data, its header describes {end:,}; the file is "
+            f"{path} has {file_bytes:,} bytes, its header describes {end:,}; the file is "
             "truncated or has been extended."
         )
+    return places
 
 
-def _byte_range(path: Path, name: str, entry: object, shape: tuple[int, ...]) -> tuple[int, int]:
+def _place(
+    path: Path, name: str, entry: object, shape: tuple[int, ...], data_start: int
+) -> TensorPlace:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise PresetFileInvalid(f"{path}: tensor {name} is not described by dtype, shape, offsets.")
     dtype, found_shape = entry["dtype"], _naturals(entry["shape"])
@@ -100,7 +118,7 @@ def _byte_range(path: Path, name: str, entry: object, shape: tuple[int, ...]) ->
             f"{path}: tensor {name} needs {num_bytes:,} bytes, its offsets are "
             f"{entry['data_offsets']!r:.80}."
         )
-    return offsets[0], offsets[1]
+    return TensorPlace(dtype, data_start + offsets[0], num_bytes)
 
 
 def _naturals(value: object) -> tuple[int, ...] | None:
