@@ -19,7 +19,7 @@ import numpy as np
 
 from model.config import Family, GemmaConfig
 from model.decode import DecodeInputs, decode_step
-from model.errors import SequenceTooLong, TokenOutOfRange
+from model.errors import SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma import kv_cache
 from model.gemma.backbone import GemmaBackbone
 from model.gemma.block import layer_traits
@@ -48,12 +48,14 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
     """Opens the preset, loads its weights and compiles every program.
 
     Raises:
-        PresetError: The preset cannot be served; the message names the file or tensor.
+        PresetError: The preset cannot be served, or not with these options; the message names the
+            file, the tensor or the number.
     """
     use_compile_cache(options.cache_dir)
     counter = CompilationCounter()
     preset = open_preset(options.preset, options.cache_dir, progress=progress)
     config = preset.config
+    _check_context(options, config)
     tokenizer = Tokenizer(
         preset.tokenizer_proto(), stops_at_end_of_turn=config.family is Family.GEMMA3
     )
@@ -61,6 +63,15 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
     engine = GemmaEngine(backbone, tokenizer, options, preset.preset_digest, counter)
     engine.compile(progress)
     return engine
+
+
+def _check_context(options: EngineOptions, config: GemmaConfig) -> None:
+    if options.context_tokens > config.context_tokens:
+        raise UnsupportedPreset(
+            f"A context of {options.context_tokens} tokens is more than the "
+            f"{config.context_tokens} that {options.preset!r:.200} was trained for. "
+            "Lower --context-tokens."
+        )
 
 
 def _device_arrays(preset: ConvertedPreset, progress: Progress) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from service.data_directory import DataDirectory, DataDirectoryInUse
 from service.logs import log_to_stderr
 from service.settings import Settings
 from service.startup_display import startup_display
+from service.supervisor import LoadRefused
 from service.version import VERSION
 
 # BSD's sysexits, where it has a name for what went wrong.
@@ -94,7 +95,7 @@ def _serve(options: list[str]) -> int:
     _say(json.dumps({"event": "listening", "host": host, "port": port, "pid": os.getpid()}))
     try:
         asyncio.run(runtime.serve(settings, listener, startup_display()))
-    except runtime.LoadRefused as refusal:
+    except LoadRefused as refusal:
         return _fail(f"gemma-service: {refusal}", _EXIT_BAD_PRESET)
     finally:
         data.close()

@@ -28,7 +28,7 @@ def create_app(state: ServiceState) -> FastAPI:
         version=VERSION,
         # A redirect would be built from the Host header, which a client chooses.
         redirect_slashes=False,
-        openapi_url="/openapi.json" if settings.docs else None,
+        openapi_url="/openapi.json" if settings.serves_docs else None,
         middleware=[
             Middleware(CountRequests, metrics=state.metrics),
             *edge_middleware(

@@ -26,7 +26,7 @@ from service.observability import Metrics
 from service.protocol.messages import Heartbeat, Load, Progress, RequestEvent, ServerInfo
 from service.settings import Settings
 from service.startup_display import StartupDisplay
-from service.supervisor import LoadRefused, Supervisor, WorkerState
+from service.supervisor import Supervisor, WorkerState
 from service.version import VERSION
 from service.worker_client import WorkerClient
 
@@ -245,6 +245,3 @@ def _resident_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
     except (OSError, IndexError, ValueError):
         return 0
-
-
-__all__ = ["LoadRefused", "Server", "Service", "bind", "serve"]

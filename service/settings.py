@@ -5,6 +5,7 @@ environment (``GEMMA_QUEUE_REQUESTS``); the option wins. `docs/settings.md` list
 compares.
 """
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,13 @@ def _xdg_directory(variable: str, fallback: str) -> Path:
     """The application's folder under an XDG base directory."""
     base = os.environ.get(variable) or str(Path.home() / fallback)
     return Path(base) / _APPLICATION
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Settings(BaseSettings):
@@ -95,4 +103,12 @@ class Settings(BaseSettings):
     log_level: Annotated[
         str, StringConstraints(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", to_upper=True)
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
-    docs: bool = Field(True, description="Whether /docs and /openapi.json are served.")
+    docs: bool | None = Field(
+        None,
+        description="Whether to serve /docs and /openapi.json; left out: on loopback hosts only.",
+    )
+
+    @property
+    def serves_docs(self) -> bool:
+        """What ``docs`` says, or else whether only this machine can ask."""
+        return self.docs if self.docs is not None else _is_loopback(self.host)

@@ -41,6 +41,8 @@ def split_page(page: str) -> tuple[str, str, str]:
 
 def _kind(schema: dict[str, Any]) -> str:
     match schema:
+        case {"anyOf": [chosen, {"type": "null"}]}:
+            return _kind(chosen)
         case {"type": "boolean"}:
             return "`true` or `false`"
         case {"type": "string", "format": "path"}:
@@ -70,6 +72,8 @@ def _default(field: FieldInfo) -> str:
         for variable in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
             os.environ.pop(variable, None)
         default = field.get_default(call_default_factory=True, validated_data={})
+    if default is None:
+        return "left out"
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, float):

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.engine import row_buckets
-from model.errors import SequenceTooLong, TokenOutOfRange
+from model.engine import load, row_buckets
+from model.errors import SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma.forward import forward
-from model.slots import MAX_LOGPROBS, DecodeRow, Sampling
+from model.progress import no_progress
+from model.slots import MAX_LOGPROBS, DecodeRow, EngineOptions, Sampling
 from tests import goldens
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
@@ -168,6 +169,12 @@ def test_the_compilation_counter_sees_a_new_program(engine_of):
     before = engine.num_compilations
     jax.jit(lambda x: x * 3 + 17)(jnp.arange(91))
     assert engine.num_compilations > before
+
+
+def test_a_context_beyond_the_trained_one_is_refused_with_both_numbers(cache_dir):
+    preset = str(goldens.preset_directory("gemma1_tiny"))
+    with pytest.raises(UnsupportedPreset, match="8193 tokens is more than the 8192"):
+        load(EngineOptions(preset, 2, 8193, cache_dir), no_progress)
 
 
 @pytest.mark.parametrize("token_id", [-1, 512, 2**31])

@@ -1,6 +1,7 @@
 """The whole service's life: loading, signals, exit statuses, and nothing left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.settings import Settings
+from tests.goldens import preset_directory
 from tests.service_process import REPOSITORY, command, eventually, has_ended, running_service
 
 SLOW_STEPS = {"ARITHMETIC_STEP_SECONDS": "0.05"}
@@ -237,3 +240,32 @@ def test_an_unknown_preset_of_the_real_engine_is_status_65_and_one_clear_line(tm
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("{")]
     assert line.startswith("gemma-service: ")
     assert "nope" in line
+
+
+def test_a_truncated_preset_is_status_65_and_one_line_that_names_the_file(tmp_path):
+    whole = preset_directory("gemma1_tiny")
+    shutil.copytree(whole, tmp_path / "preset")
+    weights = tmp_path / "preset" / "model.weights.h5"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    words = command(tmp_path, f"--preset={tmp_path / 'preset'}", "--engine=model.engine:load")
+    result = run(*words, JAX_PLATFORMS="cpu")
+    assert result.returncode == 65
+    assert "Traceback" not in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+    assert "model.weights.h5" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({}, True),
+        ({"host": "::1"}, True),
+        ({"host": "localhost"}, True),
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "example.org"}, False),
+        ({"host": "0.0.0.0", "docs": True}, True),
+        ({"docs": False}, False),
+    ],
+)
+def test_the_documents_are_served_to_this_machine_only_unless_asked_for(settings, served):
+    assert Settings(**settings).serves_docs is served
