@@ -53,6 +53,16 @@ class Tokenizer:
         ids: list[int] = self._processor.EncodeAsIds(text)
         return ids
 
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a whole row, as SentencePiece has it: control pieces vanish."""
+        text: str = self._processor.DecodeIds(token_ids)
+        return text
+
+    def piece_id(self, piece: str) -> int:
+        """The id of a piece; that of ``<unk>`` for what is none."""
+        token_id: int = self._processor.PieceToId(piece)
+        return token_id
+
     def piece(self, token_id: int) -> str:
         """The token as it is written in the vocabulary."""
         piece: str = self._processor.IdToPiece(token_id)
@@ -72,8 +82,8 @@ class Tokenizer:
         return piece.replace(_WORD_BOUNDARY, " ").encode()
 
     def _find(self, piece: str) -> int | None:
-        token_id: int = self._processor.PieceToId(piece)
-        return token_id if self._processor.IdToPiece(token_id) == piece else None
+        token_id = self.piece_id(piece)
+        return token_id if self.piece(token_id) == piece else None
 
     def _special_id(self, piece: str) -> int:
         token_id = self._find(piece)

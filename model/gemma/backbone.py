@@ -5,7 +5,7 @@ Layers here hold variables, in run-time shapes and under Keras' names; the mathe
 Keras user has a `keras.Model` to summarise, train and save, and the engine has plain arrays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import GemmaConfig
 from model.gemma import weights as names
 from model.gemma.forward import forward
+from model.gemma.keras_lora import DEFAULT_TARGETS, LoraShapes, lora_shapes, merged_kernel
 from model.gemma.weights import GemmaWeights
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
@@ -30,7 +31,10 @@ def no_type_check(constructor: Constructor) -> Constructor:
 
 
 class Weight(keras.layers.Layer):
-    """One variable under a layer name of its own, as Keras' Dense and RMSNormalization have it."""
+    """One variable under a layer name of its own, as Keras' Dense and RMSNormalization have it.
+
+    A kernel may get LoRA: two more variables, float32 whatever the policy, whose product is added.
+    """
 
     @no_type_check
     def __init__(
@@ -38,7 +42,31 @@ class Weight(keras.layers.Layer):
     ) -> None:
         super().__init__(name=name, dtype=dtype)
         self.variable = self.add_weight(shape=shape, initializer=initializer, name=variable)
+        self.lora_target: str | None = None
         self.built = True
+
+    @property
+    def value(self) -> Array:
+        """The array that acts: the variable's, and what LoRA adds to it."""
+        value: Array = self.variable.value
+        if self.lora_target is None:
+            return value
+        a, b = self.lora_kernel_a.value, self.lora_kernel_b.value
+        return merged_kernel(self.lora_target, value, a, b)
+
+    def enable_lora(self, target: str, shapes: LoraShapes) -> None:
+        """Freezes the kernel and adds A (He uniform) and B (zeros), both trainable."""
+        self._tracker.unlock()
+        self.lora_kernel_a = self.add_weight(
+            shape=shapes.a, initializer="he_uniform", dtype="float32", name="lora_kernel_a"
+        )
+        self.lora_kernel_b = self.add_weight(
+            shape=shapes.b, initializer="zeros", dtype="float32", name="lora_kernel_b"
+        )
+        self._tracker.lock()
+        self.trainable = True
+        self.variable.trainable = False
+        self.lora_target = target
 
 
 class GemmaBackbone(keras.Model):
@@ -89,9 +117,38 @@ class GemmaBackbone(keras.Model):
     @property
     def gemma_weights(self) -> GemmaWeights:
         """The arrays that the variables hold now; tracers inside a Keras training step."""
-        return names.assemble(
-            self.config, {name: holder.variable.value for name, holder in self._holders}
-        )
+        return names.assemble(self.config, {name: holder.value for name, holder in self._holders})
+
+    def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
+        """Trains low-rank additions to some projections of every block, and nothing else.
+
+        Args:
+            rank: R of every addition; alpha equals it, so the product is added as it is.
+            target_layer_names: Of `keras_lora.TARGETS`; query and value if left out.
+
+        Raises:
+            ValueError: An unknown target, a rank below 1, or LoRA is enabled already.
+        """
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}.")
+        targets = DEFAULT_TARGETS if target_layer_names is None else tuple(target_layer_names)
+        shapes = {target: lora_shapes(self.config, target, rank) for target in targets}
+        if self.lora_layers:
+            raise ValueError("LoRA is already enabled; load the base weights anew to change it.")
+        names_of_kernels = {
+            names.block_weight_name(layer, target): target
+            for layer in range(self.config.num_layers)
+            for target in targets
+        }
+        for name, holder in self._holders:
+            holder.trainable = False
+            if target := names_of_kernels.get(name):
+                holder.enable_lora(target, shapes[target])
+
+    @property
+    def lora_layers(self) -> dict[str, Weight]:
+        """Name of a kernel -> its layer, for the kernels that have LoRA."""
+        return {name: holder for name, holder in self._holders if holder.lora_target is not None}
 
     def call(
         self, inputs: Mapping[str, Array], training: bool = False
