@@ -16,6 +16,11 @@ _ROOT = Path(__file__).parent
 TINY_PRESETS = ("gemma1_tiny", "gemma2_tiny", "gemma3_tiny")
 
 
+def directory(name: str) -> Path:
+    """Where a golden set lies."""
+    return _ROOT / name
+
+
 def preset_directory(name: str) -> Path:
     """Where the Keras preset of a golden set lies; Gemma 3's is the one that the package ships."""
     if name == "gemma3_tiny":
