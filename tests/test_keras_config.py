@@ -126,7 +126,7 @@ def test_a_config_that_is_not_served_is_refused_with_its_reason(
         ('{"registered_name": "keras_hub>GemmaBackbone"}', PresetFileInvalid, '"config"'),
         ('{"registered_name": "Functional", "config": {}}', UnsupportedPreset, "Functional"),
         ('{"registered_name": ["Lambda"], "config": {}}', UnsupportedPreset, "Lambda"),
-        ('{"model_type": "gemma2"}', UnsupportedPreset, "Hugging Face"),
+        ('{"model_type": "gemma2"}', UnsupportedPreset, "Hugging Face.*not to a Keras preset"),
     ],
 )
 def test_a_file_that_is_no_keras_config_is_refused(tmp_path, text, error, words):

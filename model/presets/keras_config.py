@@ -60,8 +60,7 @@ def read_config(path: Path) -> GemmaConfig:
     if registered_name is None and "model_type" in document:
         raise UnsupportedPreset(
             f"{path} belongs to a Hugging Face directory (model_type "
-            f"{document['model_type']!r:.40}), which is not read yet. Convert it to a Keras preset "
-            "or to GGUF."
+            f"{document['model_type']!r:.40}), not to a Keras preset. Open it as such."
         )
     values = document.get("config")
     if not isinstance(values, dict):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from model.errors import PresetNotFound, UnsupportedPreset
 from model.presets.converted import ConvertedPreset, convert
+from model.presets.hf_config import is_hugging_face, read_document
+from model.presets.hf_directory import HuggingFacePreset
 from model.presets.keras_directory import KerasPreset
 from model.presets.reader import PresetReader
 from model.progress import Progress, no_progress
@@ -39,7 +41,7 @@ def open_preset(
 
     Args:
         name_or_path: One of `PRESET_NAMES`, which win over a path of the same name; or a Keras
-            preset directory; or a ``.gguf`` file.
+            preset or Hugging Face directory; or a ``.gguf`` file.
         cache_dir: Where converted presets are kept.
         progress: Told about downloading and converting.
 
@@ -58,25 +60,33 @@ def _reader(name_or_path: str, cache_dir: Path, progress: Progress) -> PresetRea
         return _open_demo(cache_dir, progress)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return KerasPreset.open(path)
+        return _open_directory(path)
     reason = _REFUSED_SUFFIXES.get(path.suffix.lower())
     if reason is not None:
         raise UnsupportedPreset(
-            f"{name_or_path!r:.200} is not read: {reason}. Use a Keras preset directory or GGUF."
+            f"{name_or_path!r:.200} is not read: {reason}. Use a Keras preset or Hugging Face "
+            "directory, or GGUF."
         )
     if not path.exists():
         raise PresetNotFound(
             f"There is no preset {name_or_path!r:.200}. Known names are {', '.join(PRESET_NAMES)}; "
-            "a path may be a Keras preset directory or a .gguf file."
+            "a path may be a Keras preset or Hugging Face directory or a .gguf file."
         )
     if path.suffix.lower() != ".gguf":
         raise UnsupportedPreset(
-            f"{name_or_path!r:.200} is not read: only Keras preset directories and .gguf files are."
+            f"{name_or_path!r:.200} is not read: only Keras preset and Hugging Face directories "
+            "and .gguf files are."
         )
     # Here and below, imported late: a Keras preset needs no GGUF packages.
     from model.presets.gguf_file import GgufPreset
 
     return GgufPreset.open(path)
+
+
+def _open_directory(path: Path) -> PresetReader:
+    if is_hugging_face(read_document(path)):
+        return HuggingFacePreset.open(path)
+    return KerasPreset.open(path)
 
 
 def _open_demo(cache_dir: Path, progress: Progress) -> PresetReader:

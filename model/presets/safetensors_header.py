@@ -9,7 +9,7 @@ A file is an 8-byte little-endian length, a JSON header of that length, and the 
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,38 @@ class TensorPlace:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """A header that is bounded and well-formed JSON. Its entries are not checked yet.
+
+    Attributes:
+        path: The file.
+        entries: Name of a tensor -> its description, as it stands in the header.
+        data_start: Where the tensors begin.
+        file_bytes: Where they must end.
+    """
+
+    path: Path
+    entries: dict[str, object]
+    data_start: int
+    file_bytes: int
+
+
 def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> dict[str, TensorPlace]:
     """Where each array is, having checked that ``path`` holds exactly ``specs`` and nothing else.
 
     Raises:
         PresetFileMissing: There is no such file.
         PresetFileInvalid: The message names the file and, where there is one, the tensor.
+    """
+    return check_tensors(read_header(path), {spec.name: spec.shape for spec in specs})
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """The header of ``path``, for callers that learn from it which tensors to expect.
+
+    Raises:
+        PresetFileMissing, PresetFileInvalid: As in `check_safetensors`.
     """
     with open_regular_file(path.parent, path.name) as file:
         file_bytes = os.fstat(file.fileno()).st_size
@@ -63,33 +89,36 @@ def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> dict[str, Tens
             raise PresetFileInvalid(
                 f"{path}: the header describes more than {_MAX_TENSORS} tensors."
             )
-    header = parse_object(raw_header, f"{path}: the header")
-    header.pop("__metadata__", None)
-    return _check_tensors(path, header, data_start=8 + length, file_bytes=file_bytes, specs=specs)
+    entries = parse_object(raw_header, f"{path}: the header")
+    entries.pop("__metadata__", None)
+    return SafetensorsHeader(path, entries, data_start=8 + length, file_bytes=file_bytes)
 
 
-def _check_tensors(
-    path: Path,
-    header: dict[str, object],
-    *,
-    data_start: int,
-    file_bytes: int,
-    specs: Iterable[WeightSpec],
+def check_tensors(
+    header: SafetensorsHeader, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TensorPlace]:
-    shapes = {spec.name: spec.shape for spec in specs}
-    for name in sorted(shapes.keys() - header.keys()):
+    """Where each tensor of ``shapes`` is, having checked that the file holds exactly those.
+
+    Raises:
+        PresetFileInvalid: The message names the file and, where there is one, the tensor.
+    """
+    path, entries = header.path, header.entries
+    for name in sorted(shapes.keys() - entries.keys()):
         raise PresetFileInvalid(f"{path}: tensor {name} is missing.")
-    for name in sorted(header.keys() - shapes.keys()):
+    for name in sorted(entries.keys() - shapes.keys()):
         raise PresetFileInvalid(f"{path}: tensor {name!r:.80} does not belong to the model.")
-    places = {name: _place(path, name, header[name], shapes[name], data_start) for name in shapes}
-    end = data_start
+    places = {
+        name: _place(path, name, entries[name], shape, header.data_start)
+        for name, shape in shapes.items()
+    }
+    end = header.data_start
     for place in sorted(places.values(), key=lambda place: place.start):
         if place.start != end:
             raise PresetFileInvalid(f"{path}: its tensors overlap or leave a gap at byte {end:,}.")
         end += place.num_bytes
-    if end != file_bytes:
+    if end != header.file_bytes:
         raise PresetFileInvalid(
-            f"{path} has {file_bytes:,} bytes, its header describes {end:,}; the file is "
+            f"{path} has {header.file_bytes:,} bytes, its header describes {end:,}; the file is "
             "truncated or has been extended."
         )
     return places

@@ -1,0 +1,203 @@
+"""A Hugging Face directory of a Gemma 1, Gemma 2 or Gemma 3 text model.
+
+Used are config.json, the weights (model.safetensors, or model.safetensors.index.json and the
+shards that it names) and tokenizer.model.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from model.config import GemmaConfig
+from model.errors import PresetFileInvalid, PresetFileMissing, PresetNotFound
+from model.gemma.weights import WeightSpec, weight_specs
+from model.presets.hf_config import CONFIG_NAME, read_config
+from model.presets.hf_layout import EMBEDDINGS_TENSOR, HEAD_BY_PREFIX, find_prefix, tensor_names
+from model.presets.regular_file import (
+    open_regular_file,
+    read_regular_file,
+    require_regular_file,
+)
+from model.presets.safetensors_header import (
+    SafetensorsHeader,
+    TensorPlace,
+    check_tensors,
+    read_header,
+)
+from model.presets.strict_json import parse_object
+
+TOKENIZER = "tokenizer.model"
+WEIGHTS = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+
+_MAX_TOKENIZER_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 4 << 20
+_MAX_SHARDS = 1_000
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFacePreset:
+    """A `PresetReader` of a Hugging Face directory. Make one with `open`."""
+
+    directory: Path
+    config: GemmaConfig
+    weight_files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, directory: Path) -> "HuggingFacePreset":
+        """Reads the config and finds the weights. Opens no weights file.
+
+        Raises:
+            PresetNotFound: Not a directory.
+            PresetFileMissing: It lacks a file.
+            PresetFileInvalid: The config or the shard index is malformed.
+            UnsupportedPreset: The config describes something that is not served.
+        """
+        if not directory.is_dir():
+            raise PresetNotFound(f"{directory} is not a directory.")
+        directory = directory.resolve()
+        config = read_config(directory / CONFIG_NAME)
+        weight_files = _find_weight_files(directory)
+        for name in (*weight_files, TOKENIZER):
+            require_regular_file(directory, name)
+        return cls(directory, config, weight_files)
+
+    @property
+    def source_files(self) -> tuple[Path, ...]:
+        """All files that decide the model or the tokenizer."""
+        return tuple(self.directory / name for name in (CONFIG_NAME, *self.weight_files, TOKENIZER))
+
+    def tokenizer_proto(self) -> bytes:
+        """The SentencePiece model, with as many pieces as the vocabulary has rows."""
+        path = self.directory / TOKENIZER
+        proto = read_regular_file(self.directory, TOKENIZER, _MAX_TOKENIZER_BYTES)
+        try:
+            num_pieces = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise PresetFileInvalid(f"{path} is not a SentencePiece model.") from error
+        if num_pieces != self.config.vocabulary_size:
+            raise PresetFileInvalid(
+                f"{path} has {num_pieces} pieces but vocab_size in config.json is "
+                f"{self.config.vocabulary_size}."
+            )
+        return proto
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Name and run-time array of every weight, in the order of `weight_specs`.
+
+        Raises:
+            PresetFileMissing: A file is not there any more.
+            PresetFileInvalid: The files do not hold exactly the tensors of the config.
+        """
+        headers = [read_header(self.directory / name) for name in self.weight_files]
+        prefix = _prefix(headers)
+        names = tensor_names(self.config, prefix)
+        shapes = {names[spec.name]: spec.shape for spec in weight_specs(self.config)}
+        found = _find_tensors(headers, shapes, HEAD_BY_PREFIX[prefix])
+        with ExitStack() as stack:
+            files = {
+                header.path: stack.enter_context(
+                    open_regular_file(self.directory, header.path.name)
+                )
+                for header in headers
+            }
+            for spec in weight_specs(self.config):
+                path, place = found[names[spec.name]]
+                yield spec.name, _read(files[path], path, place, spec)
+
+
+def _find_weight_files(directory: Path) -> tuple[str, ...]:
+    names = {entry.name for entry in directory.iterdir()}
+    if WEIGHTS in names:
+        return (WEIGHTS,)
+    if SHARD_INDEX in names:
+        return _shard_names(directory)
+    raise PresetFileMissing(
+        f"{directory} has neither {WEIGHTS} nor {SHARD_INDEX}. Other formats, such as "
+        "pytorch_model.bin, can hold code and are not read."
+    )
+
+
+def _shard_names(directory: Path) -> tuple[str, ...]:
+    """The shards that the index names. Which tensor is in which one, the shards say themselves."""
+    path = directory / SHARD_INDEX
+    index = parse_object(read_regular_file(directory, SHARD_INDEX, _MAX_INDEX_BYTES), str(path))
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PresetFileInvalid(f'{path}: "weight_map" must map names to files.')
+    names: set[str] = set()
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise PresetFileInvalid(
+                f"{path}: {name!r:.80} is not the name of a shard such as "
+                "model-00001-of-00002.safetensors."
+            )
+        names.add(name)
+    if len(names) > _MAX_SHARDS:
+        raise PresetFileInvalid(
+            f"{path} names {len(names)} shards; at most {_MAX_SHARDS} are read."
+        )
+    return tuple(sorted(names))
+
+
+def _prefix(headers: list[SafetensorsHeader]) -> str:
+    prefix = find_prefix(name for header in headers for name in header.entries)
+    if prefix is None:
+        raise PresetFileInvalid(
+            f"{headers[0].path}: tensor model.{EMBEDDINGS_TENSOR} is missing; the other names that "
+            "it can have are missing, too."
+        )
+    return prefix
+
+
+def _find_tensors(
+    headers: list[SafetensorsHeader], shapes: dict[str, tuple[int, ...]], head: str
+) -> dict[str, tuple[Path, TensorPlace]]:
+    """Where each tensor of ``shapes`` is; there is nothing else but a copy of the embeddings.
+
+    Output heads are tied to the embeddings (the config was refused otherwise), so a stored one
+    is not read.
+    """
+    optional = {head: next(iter(shapes.values()))}
+    file_of: dict[str, Path] = {}
+    for header in headers:
+        for name in header.entries:
+            if name in file_of:
+                raise PresetFileInvalid(
+                    f"{header.path}: tensor {name!r:.80} is also in {file_of[name].name}."
+                )
+            file_of[name] = header.path
+    for name in shapes:
+        if name not in file_of:
+            raise PresetFileInvalid(f"{headers[0].path}: tensor {name} is missing.")
+    found: dict[str, tuple[Path, TensorPlace]] = {}
+    for header in headers:
+        here = {
+            name: shape
+            for name, shape in (shapes | optional).items()
+            if file_of.get(name) == header.path
+        }
+        for name, place in check_tensors(header, here).items():
+            found[name] = (header.path, place)
+    return found
+
+
+def _read(
+    file: BufferedReader, path: Path, place: TensorPlace, spec: WeightSpec
+) -> NDArray[np.float32]:
+    stored = np.empty(spec.shape, dtype=_DTYPES[place.dtype])
+    file.seek(place.start)
+    # Read, not mapped: a file that shrinks meanwhile is an error here and a crash there.
+    if file.readinto(stored.reshape(-1).view(np.uint8).data) != place.num_bytes:
+        raise PresetFileInvalid(f"{path} became shorter while it was being read.")
+    return stored.astype(np.float32, copy=False)
