@@ -15,6 +15,7 @@ from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, SlotRows, block
 from model.gemma.forward import embed, head
 from model.gemma.kv_cache import LayerCache
+from model.gemma.padded_rows import pad_rows
 from model.gemma.weights import GemmaWeights
 from model.samplers.draw import MIN_TEMPERATURE, SamplingRows, draw
 from model.slots import MAX_LOGPROBS
@@ -57,9 +58,14 @@ def decode_step(
     caches: list[LayerCache],
     inputs: DecodeInputs,
 ) -> tuple[list[LayerCache], DecodeOutputs]:
-    """Writes each row's token into its slot and draws the token after it."""
-    positions = inputs.positions[:, None]
-    x = embed(weights, inputs.token_ids[:, None])
+    """Writes each row's token into its slot and draws the token after it.
+
+    The bits of a row depend neither on the number of rows nor on its place among them.
+    """
+    num_rows, num_slots = len(inputs.token_ids), caches[0].keys.shape[0]
+    slots = pad_rows(inputs.slots, num_slots)
+    positions = pad_rows(inputs.positions)[:, None]
+    x = jax.lax.optimization_barrier(embed(weights, pad_rows(inputs.token_ids)[:, None]))
     new_caches = []
     for layer, cache in enumerate(caches):
         x, new_cache = block(
@@ -68,11 +74,11 @@ def decode_step(
             traits[layer],
             x,
             positions,
-            rows=SlotRows(cache, inputs.slots),
+            rows=SlotRows(cache, slots, num_rows),
         )
         assert new_cache is not None
         new_caches.append(new_cache)
-    logits = head(config, weights, x)[:, 0].astype(jnp.float32)  # [B, V]
+    logits = head(config, weights, x, num_rows=num_rows)[:num_rows, 0].astype(jnp.float32)
     return new_caches, jax.lax.map(lambda row: _finish_row(*row), (logits, inputs))
 
 

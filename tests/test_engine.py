@@ -80,7 +80,7 @@ def test_what_a_slot_held_before_changes_no_bit(name, engine_of):
 
 
 @PRESETS
-def test_rows_of_a_batch_answer_as_they_do_alone(name, engine_of):
+def test_rows_of_a_batch_answer_as_they_do_alone_to_the_last_bit(name, engine_of):
     engine = engine_of(name)
     prompts = [random_tokens(n, seed=n) for n in (3, 40, 300)]
     samplings = [GREEDY, Sampling(1.5, 0, 0.9, 7), Sampling(0.7, 40, 1.0, 8)]
@@ -102,9 +102,8 @@ def test_rows_of_a_batch_answer_as_they_do_alone(name, engine_of):
         for i, sampled in zip(order, engine.decode(rows), strict=True):
             sequences[i].append(sampled.token_id)
             logprobs[i].append(sampled.logprob)
-    for i, (tokens, expected) in enumerate(alone):
-        assert sequences[i][len(prompts[i]) :] == tokens
-        np.testing.assert_allclose(logprobs[i], expected, atol=2e-5, rtol=0)
+    for i, expected in enumerate(alone):
+        assert (sequences[i][len(prompts[i]) :], logprobs[i]) == expected
 
 
 def test_alternatives_are_the_likeliest_tokens_of_the_models_own_distribution(engine_of):

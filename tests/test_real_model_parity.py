@@ -12,7 +12,7 @@ import pytest
 
 from model.engine import load
 from model.progress import no_progress
-from model.slots import EngineOptions
+from model.slots import DecodeRow, EngineOptions, Sampling
 from tests.gold import our_answers
 
 _GOLDENS = Path(__file__).parent / "goldens" / "gemma3_270m"
@@ -95,3 +95,25 @@ def test_decode_with_the_cache_agrees_with_a_full_forward(full, cached, name):
         assert token.logprob == pytest.approx(expected[token.token_id], rel=0, abs=5e-5)
         ids, logprobs = zip(*token.top, strict=True)
         np.testing.assert_allclose(logprobs, expected[list(ids)], rtol=0, atol=1e-3)
+
+
+def test_company_changes_no_bit(engine):
+    """One row alone, then among 1 to 7 others, at every place, beside prompts of other lengths."""
+    rng = np.random.default_rng(0)
+    prompts = [
+        rng.integers(100, 200_000, length).tolist() for length in (21, 3, 300, 90, 1, 8, 2, 40)
+    ]
+    for slot, prompt in enumerate(prompts):
+        for start in range(0, len(prompt) - 1, 256):
+            engine.prefill(slot, prompt[start : min(start + 256, len(prompt) - 1)], start)
+    drawing = Sampling(temperature=0.9, top_k=0, top_p=0.95, seed=11)
+    rows = [
+        DecodeRow(slot, prompt[-1], len(prompt) - 1, drawing, (), 20)
+        for slot, prompt in enumerate(prompts)
+    ]
+    (alone,) = engine.decode(rows[:1])
+    for num_others in range(1, 8):
+        for place in (0, num_others // 2, num_others):
+            company = rows[1 : num_others + 1]
+            batch = [*company[:place], rows[0], *company[place:]]
+            assert engine.decode(batch)[place] == alone, f"among {num_others}, at place {place}"

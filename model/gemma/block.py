@@ -6,6 +6,7 @@ the same shape, and prefill, decode, score and training are the same mathematics
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from model.gemma import kv_cache, masks
 from model.gemma.attention import attend, attend_slot
 from model.gemma.kv_cache import LayerCache
 from model.gemma.norms import rms_norm
+from model.gemma.padded_rows import padded_again, real_rows
 from model.gemma.projection import AdapterTerm, projection
 from model.gemma.rope import apply_rope, inverse_frequencies
 from model.gemma.weights import BlockWeights
@@ -33,10 +35,14 @@ class LayerTraits(NamedTuple):
 
 
 class SlotRows(NamedTuple):
-    """A layer's cache and which slot each row of the batch reads and writes."""
+    """A layer's cache and which slot each row of the batch reads and writes.
+
+    In a decode step only the first ``num_rows`` rows are real (`model.gemma.padded_rows`).
+    """
 
     cache: LayerCache
     slots: Int[Array, " batch"]
+    num_rows: int | None = None
 
 
 def layer_traits(config: GemmaConfig) -> list[LayerTraits]:
@@ -81,8 +87,10 @@ def block(
     """
     assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
     adapters = adapters or {}
+    num_rows = None if rows is None else rows.num_rows
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
-    query, key, value = _project_heads(config, weights, traits, normalized, positions, adapters)
+    project = partial(_project, weights, adapters, num_rows)
+    query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
     cache = None
     if rows is None:
         assert padding_mask is not None
@@ -90,23 +98,37 @@ def block(
         context = attend(query, key, value, mask, logit_cap=config.attention_soft_cap)
     else:
         cache = kv_cache.write(rows.cache, rows.slots, positions, key, value)
-        context = _attend_rows(config, traits, query, SlotRows(cache, rows.slots), positions)
+        context = _attend_rows(config, traits, query, rows._replace(cache=cache), positions)
     flat = context.reshape(*x.shape[:2], config.num_query_heads * config.head_dim)
-    attended = projection(flat, weights.attention_output, adapters.get("attention_output"))
+    attended = project("attention_output", flat)
     if weights.post_attention_norm is not None:
         attended = rms_norm(attended, weights.post_attention_norm, epsilon=config.norm_epsilon)
     x = x + attended
-    x = x + _feed_forward(config, weights, x, adapters)
+    x = x + _feed_forward(config, weights, x, project)
     return (x if intervene is None else intervene(x)), cache
 
 
-def _project_heads(
+Project = Callable[[str, Array], Array]
+
+
+def _project(
+    weights: BlockWeights,
+    adapters: Mapping[str, AdapterTerm],
+    num_rows: int | None,
+    field: str,
+    x: Float[Array, "batch seq in_width"],
+) -> Float[Array, "batch seq out_width"]:
+    """The product with the kernel in one field of the weights, and its adapter term."""
+    return projection(x, getattr(weights, field), adapters.get(field), num_rows=num_rows)
+
+
+def _query_key_value(
     config: GemmaConfig,
     weights: BlockWeights,
     traits: LayerTraits,
     normalized: Float[Array, "batch seq width"],
     positions: Int[Array, "batch seq"],
-    adapters: Mapping[str, AdapterTerm],
+    project: Project,
 ) -> tuple[
     Float[Array, "batch seq heads head_dim"],
     Float[Array, "batch seq kv_heads head_dim"],
@@ -115,18 +137,17 @@ def _project_heads(
     """Queries (rotated and scaled), keys (rotated) and values."""
     batch, seq, _ = normalized.shape
 
-    def heads(field: str, kernel: Array) -> Array:
-        flat = projection(normalized, kernel, adapters.get(field))
-        return flat.reshape(batch, seq, -1, config.head_dim)
+    def heads(field: str) -> Array:
+        return project(field, normalized).reshape(batch, seq, -1, config.head_dim)
 
-    query, key = heads("query", weights.query), heads("key", weights.key)
+    query, key = heads("query"), heads("key")
     if weights.query_norm is not None and weights.key_norm is not None:
         query = rms_norm(query, weights.query_norm, epsilon=config.norm_epsilon)
         key = rms_norm(key, weights.key_norm, epsilon=config.norm_epsilon)
     query = apply_rope(query, positions, traits.rope_frequencies)
     query = query * jnp.asarray(config.query_scale, query.dtype)
     key = apply_rope(key, positions, traits.rope_frequencies)
-    return query, key, heads("value", weights.value)
+    return query, key, heads("value")
 
 
 def _attend_rows(
@@ -149,22 +170,24 @@ def _attend_rows(
             logit_cap=config.attention_soft_cap,
         )
 
-    context: Array = jax.lax.map(attend_row, (query, rows.slots, positions))
-    return context
+    real = (
+        real_rows(query, rows.num_rows),
+        rows.slots[: rows.num_rows],
+        positions[: rows.num_rows],
+    )
+    return padded_again(jax.lax.map(attend_row, real), rows.num_rows)
 
 
 def _feed_forward(
     config: GemmaConfig,
     weights: BlockWeights,
     x: Float[Array, "batch seq width"],
-    adapters: Mapping[str, AdapterTerm],
+    project: Project,
 ) -> Float[Array, "batch seq width"]:
     normalized = rms_norm(x, weights.pre_ffw_norm, epsilon=config.norm_epsilon)
-    gate = projection(normalized, weights.ffw_gating, adapters.get("ffw_gating"))
-    up = projection(normalized, weights.ffw_gating_2, adapters.get("ffw_gating_2"))
+    gate, up = project("ffw_gating", normalized), project("ffw_gating_2", normalized)
     # The tanh approximation, on the gate alone (spec 1.6).
-    hidden = jax.nn.gelu(gate, approximate=True) * up
-    output = projection(hidden, weights.ffw_linear, adapters.get("ffw_linear"))
+    output = project("ffw_linear", jax.nn.gelu(gate, approximate=True) * up)
     if weights.post_ffw_norm is not None:
         output = rms_norm(output, weights.post_ffw_norm, epsilon=config.norm_epsilon)
     return output

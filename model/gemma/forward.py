@@ -60,16 +60,27 @@ def final_hidden(
 
 
 def head(
-    config: GemmaConfig, weights: GemmaWeights, x: Float[Array, "batch seq width"]
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    x: Float[Array, "batch seq width"],
+    *,
+    num_rows: int | None = None,
 ) -> Float[Array, "batch seq vocab"]:
-    """Logits from the residual stream after the last block: final norm, tied table, soft cap."""
-    return _unembed(config, weights, final_hidden(config, weights, x))
+    """Logits from the residual stream after the last block: final norm, tied table, soft cap.
+
+    With ``num_rows`` only that many rows are real; see `model.gemma.padded_rows`.
+    """
+    return _unembed(config, weights, final_hidden(config, weights, x), num_rows)
 
 
 def _unembed(
-    config: GemmaConfig, weights: GemmaWeights, hidden: Float[Array, "batch seq width"]
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    hidden: Float[Array, "batch seq width"],
+    num_rows: int | None = None,
 ) -> Float[Array, "batch seq vocab"]:
-    return soft_cap(projection(hidden, weights.embeddings), config.final_soft_cap)
+    logits = projection(hidden, weights.embeddings, num_rows=num_rows)
+    return soft_cap(logits, config.final_soft_cap)
 
 
 def forward(

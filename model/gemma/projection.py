@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from model.gemma.padded_rows import padded_again, real_rows
+
 
 class AdapterTerm(NamedTuple):
     """A low-rank addition to one projection, one for each row of the batch.
@@ -28,15 +30,21 @@ def projection(
     x: Float[Array, "batch seq in_width"],
     kernel: Float[Array, "out_width in_width"],
     adapter: AdapterTerm | None = None,
+    *,
+    num_rows: int | None = None,
 ) -> Float[Array, "batch seq out_width"]:
-    """``x · kernelᵀ``, plus the adapter term of each row if there is one."""
+    """``x · kernelᵀ``, plus the adapter term of each row if there is one.
+
+    With ``num_rows`` only that many rows are real; see `model.gemma.padded_rows`.
+    """
+    x = real_rows(x, num_rows)
     batch, seq, in_width = x.shape
     columns = x.reshape(batch * seq, in_width)
     product = jax.lax.dot_general(kernel, columns, (((1,), (1,)), ((), ())))  # [out, B·L]
     product = jax.lax.optimization_barrier(product)
     y = product.T.reshape(batch, seq, kernel.shape[0])
     if adapter is None:
-        return y
+        return padded_again(y, num_rows)
     low = jnp.einsum("bli,bnir->blnr", x, adapter.a)
     added = jnp.einsum("blnr,bnro->blno", low, adapter.b)
-    return y + added.reshape(y.shape)
+    return padded_again(y + added.reshape(y.shape), num_rows)
