@@ -14,6 +14,9 @@ the largest differences measured are gemma1_tiny 3e-5, gemma2_tiny 1.2e-4, gemma
 `score.logits_zero_m1` pins an upstream bug (the value returned at −1 is dropped); here it is used.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,6 +95,7 @@ def test_without_padding_every_token_is_seen(name):
     close(result.logits, given["score.logits_nomask"])
 
 
+@partial(jax.jit, static_argnums=0)
 def over_slots(name, caches, token_ids, start):
     """Logits, hidden states and caches of consecutive tokens, row b in slot b."""
     model = goldens.backbone(name)

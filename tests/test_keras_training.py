@@ -76,6 +76,7 @@ def test_a_gradient_through_score_is_that_of_finite_differences():
     targets = np.array([[40, 77, 91, 1]])
     direction = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 32)), jnp.float32)
 
+    @jax.jit
     def total_loss(step):
         def shift(x, layer):
             return x + step * direction if layer == -1 else x
