@@ -18,10 +18,11 @@ FLOORS = {
     "h11": "0.16.0",  # CVE-2025-43859
     "h5py": "3.16.0",  # CVE-2026-26200, in HDF5
     "keras": "3.15.1",  # guards of its HDF5 reader, closed Lambda layers
-    "safetensors": "0.8.0",
     "sentencepiece": "0.2.3",  # CVE-2026-1260
     "starlette": "1.3.1",  # CVE-2026-48710, CVE-2026-54283
 }
+# Of packages that only tests use: in the development lock, and not in the other one.
+DEVELOPMENT_FLOORS = {"safetensors": "0.8.0"}
 # They parse what strangers send, load code, or fetch files; nothing here needs them.
 ABSENT = (
     *("cloudpickle", "dill", "huggingface-hub", "jinja2", "joblib", "kagglehub", "keras-hub"),
@@ -62,6 +63,13 @@ def lock_findings(text: str) -> list[str]:
             found.append(f"{name} is below {floor}")
     found += [f"{name} should not be needed" for name in ABSENT if name in locked]
     return found
+
+
+def test_packages_that_only_tests_use_are_above_their_floors_and_not_in_the_product():
+    product, development = (versions(LOCKS[name]) for name in LOCKS)
+    for name, floor in DEVELOPMENT_FLOORS.items():
+        assert all(version >= Version(floor) for version in development[name])
+        assert name not in product
 
 
 @pytest.mark.parametrize("name", LOCKS)

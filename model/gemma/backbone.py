@@ -111,6 +111,7 @@ class GemmaBackbone(keras.Model):
                 dtype=self.dtype_policy,
             )
             self._holders.append((spec.name, holder))
+        # Keras finds layers in a list of them, not in pairs.
         self.holders = [holder for _, holder in self._holders]
         self.built = True
 

@@ -38,8 +38,8 @@ from model.presets.entry_directory import (
 )
 from model.presets.reader import PresetReader
 from model.presets.regular_file import read_regular_file
-from model.presets.safetensors_file import write_safetensors
 from model.presets.safetensors_header import check_safetensors
+from model.presets.safetensors_stream import TensorPlan, write_tensors
 from model.progress import Progress, no_progress
 
 _MAX_TOKENIZER_BYTES = 16 << 20
@@ -100,7 +100,7 @@ def convert(
     except OSError as error:
         raise PresetError(
             f"The preset cannot be converted in {root}: {error.strerror or error}. It needs "
-            f"{8 * num_parameters(reader.config):,} bytes for a while and half of them for good."
+            f"{4 * num_parameters(reader.config):,} bytes there."
         ) from error
     assert preset is not None, "the entry was installed and nobody removes sound entries"
     return preset
@@ -169,7 +169,7 @@ def _open_or_discard(root: Path, key: str, config: GemmaConfig) -> ConvertedPres
 def _write_entry(reader: PresetReader, root: Path, key: str, progress: Progress) -> None:
     with staging_directory(root) as staging:
         write_synced(staging / TOKENIZER, reader.tokenizer_proto())
-        write_safetensors(staging / WEIGHTS, reader, progress=progress)
+        _write_weights(staging / WEIGHTS, reader, progress)
         sources = [SourceFile.of(path) for path in reader.source_files]
         if _source_key(reader.source_files) != key:
             raise PresetFileInvalid(
@@ -178,3 +178,21 @@ def _write_entry(reader: PresetReader, root: Path, key: str, progress: Progress)
             )
         write_manifest(staging, key, reader.config, sources)
         install(staging, root / key)
+
+
+def _write_weights(path: Path, reader: PresetReader, progress: Progress) -> None:
+    """All arrays as float32, one in memory at a time."""
+    specs = list(weight_specs(reader.config))
+    plans = [TensorPlan(spec.name, spec.shape, np.dtype(np.float32)) for spec in specs]
+    total = 4.0 * num_parameters(reader.config)
+
+    def arrays() -> Iterator[NDArray[np.float32]]:
+        done = 0.0
+        for spec, (name, array) in zip(specs, reader.arrays(), strict=True):
+            assert name == spec.name, f"the reader gave {name} where {spec} belongs"
+            assert array.dtype == np.float32, f"the reader gave {name} as {array.dtype}"
+            yield array
+            done += array.nbytes
+            progress("convert", done, total)
+
+    write_tensors(path, plans, arrays())

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
 from model.config import GemmaConfig
@@ -21,9 +20,9 @@ from model.errors import PresetFileInvalid, PresetFileMissing, PresetNotFound
 from model.gemma.weights import WeightSpec, weight_specs
 from model.presets.hf_config import CONFIG_NAME, read_config
 from model.presets.hf_layout import EMBEDDINGS_TENSOR, HEAD_BY_PREFIX, find_prefix, tensor_names
+from model.presets.preset_directory import read_tokenizer, shard_names
 from model.presets.regular_file import (
     open_regular_file,
-    read_regular_file,
     require_regular_file,
 )
 from model.presets.safetensors_header import (
@@ -32,15 +31,11 @@ from model.presets.safetensors_header import (
     check_tensors,
     read_header,
 )
-from model.presets.strict_json import parse_object
 
 TOKENIZER = "tokenizer.model"
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 
-_MAX_TOKENIZER_BYTES = 16 << 20
-_MAX_INDEX_BYTES = 4 << 20
-_MAX_SHARDS = 1_000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -79,18 +74,12 @@ class HuggingFacePreset:
 
     def tokenizer_proto(self) -> bytes:
         """The SentencePiece model, with as many pieces as the vocabulary has rows."""
-        path = self.directory / TOKENIZER
-        proto = read_regular_file(self.directory, TOKENIZER, _MAX_TOKENIZER_BYTES)
-        try:
-            num_pieces = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
-        except (RuntimeError, OSError, ValueError) as error:
-            raise PresetFileInvalid(f"{path} is not a SentencePiece model.") from error
-        if num_pieces != self.config.vocabulary_size:
-            raise PresetFileInvalid(
-                f"{path} has {num_pieces} pieces but vocab_size in config.json is "
-                f"{self.config.vocabulary_size}."
-            )
-        return proto
+        return read_tokenizer(
+            self.directory,
+            TOKENIZER,
+            vocabulary_size=self.config.vocabulary_size,
+            size_field="vocab_size",
+        )
 
     def arrays(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Name and run-time array of every weight, in the order of `weight_specs`.
@@ -121,33 +110,13 @@ def _find_weight_files(directory: Path) -> tuple[str, ...]:
     if WEIGHTS in names:
         return (WEIGHTS,)
     if SHARD_INDEX in names:
-        return _shard_names(directory)
+        return shard_names(
+            directory, SHARD_INDEX, pattern=_SHARD_NAME, example="model-00001-of-00002.safetensors"
+        )
     raise PresetFileMissing(
         f"{directory} has neither {WEIGHTS} nor {SHARD_INDEX}. Other formats, such as "
         "pytorch_model.bin, can hold code and are not read."
     )
-
-
-def _shard_names(directory: Path) -> tuple[str, ...]:
-    """The shards that the index names. Which tensor is in which one, the shards say themselves."""
-    path = directory / SHARD_INDEX
-    index = parse_object(read_regular_file(directory, SHARD_INDEX, _MAX_INDEX_BYTES), str(path))
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PresetFileInvalid(f'{path}: "weight_map" must map names to files.')
-    names: set[str] = set()
-    for name in weight_map.values():
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-            raise PresetFileInvalid(
-                f"{path}: {name!r:.80} is not the name of a shard such as "
-                "model-00001-of-00002.safetensors."
-            )
-        names.add(name)
-    if len(names) > _MAX_SHARDS:
-        raise PresetFileInvalid(
-            f"{path} names {len(names)} shards; at most {_MAX_SHARDS} are read."
-        )
-    return tuple(sorted(names))
 
 
 def _prefix(headers: list[SafetensorsHeader]) -> str:
