@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 PRESET ?= gemma3_270m
 HOST ?= 127.0.0.1
 PORT ?= 8000
+# Test files run beside each other in this many processes; 0 runs them in one.
+TEST_PROCESSES ?= 2
 
 .PHONY: help install serve test check static lint openapi lock format clean
 
@@ -27,7 +29,7 @@ serve: $(INSTALLED) ## serve PRESET (gemma3_270m, tiny, or a path) on HOST:PORT
 	@exec $(BIN)/gemma-service serve --preset "$(PRESET)" --host "$(HOST)" --port "$(PORT)"
 
 test: static ## everything CI runs: import contracts, types, tests (ARGS="-k top_p -x")
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: lint test ## format, lint, import contracts, types, tests
 

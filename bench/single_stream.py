@@ -16,9 +16,9 @@ import httpx
 
 from bench.service_process import resident_bytes, running_service
 from model.engine import GemmaEngine, load
-from model.gemma.kv_cache import num_cache_positions
 from model.presets.resolve import open_preset
 from model.progress import no_progress
+from model.slot_memory import num_cache_positions
 from model.slots import DecodeRow, EngineOptions, Sampling
 from service.settings import Settings
 

@@ -7,12 +7,43 @@ One alphabet of axes, used everywhere and redefined nowhere:
 
 Words in annotations, letters in einsums and in comments at the end of a line.
 
+The Keras interface is `from model import GemmaCausalLM, CausalLM, GemmaBackbone, Gemma3Backbone,
+GemmaTokenizer, GemmaCausalLMPreprocessor, samplers`; each is imported when it is first asked for.
+
 Keras picks its backend when it is first imported, so this package picks JAX before anything here
 imports Keras.
 """
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model import samplers
+    from model.causal_lm import CausalLM, GemmaCausalLM
+    from model.keras_backbone import Gemma3Backbone, GemmaBackbone
+    from model.keras_tokenizer import GemmaTokenizer
+    from model.preprocessor import GemmaCausalLMPreprocessor
+
+__all__ = [
+    "CausalLM",
+    "Gemma3Backbone",
+    "GemmaBackbone",
+    "GemmaCausalLM",
+    "GemmaCausalLMPreprocessor",
+    "GemmaTokenizer",
+    "samplers",
+]
+
+_HOME = {
+    "CausalLM": "causal_lm",
+    "Gemma3Backbone": "keras_backbone",
+    "GemmaBackbone": "keras_backbone",
+    "GemmaCausalLM": "causal_lm",
+    "GemmaCausalLMPreprocessor": "preprocessor",
+    "GemmaTokenizer": "keras_tokenizer",
+}
 
 
 def _require_jax_backend() -> None:
@@ -39,3 +70,11 @@ def _require_jax_backend() -> None:
 
 
 _require_jax_backend()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "samplers":
+        return importlib.import_module("model.samplers")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from model.config import GemmaConfig
 from model.errors import PresetFileInvalid
-from model.gemma.backbone import GemmaBackbone
+from model.gemma.backbone import Backbone
 from model.gemma.keras_lora import TARGETS, lora_shapes
-from model.gemma.weights import block_weight_name
 from model.presets.regular_file import open_regular_file
+from model.weight_names import block_weight_name
 
 _SUFFIX = ".lora.h5"
 _MAX_RANK = 1024
@@ -35,7 +35,7 @@ _PLACE = re.compile(r"[1-9][0-9]{0,5}")
 Place = tuple[int, str]
 
 
-def save_lora(path: Path, backbone: GemmaBackbone) -> None:
+def save_lora(path: Path, backbone: Backbone) -> None:
     """Writes the LoRA of a backbone, complete or not at all.
 
     Raises:
@@ -59,7 +59,7 @@ def save_lora(path: Path, backbone: GemmaBackbone) -> None:
     temporary.replace(path)
 
 
-def load_lora(path: Path, backbone: GemmaBackbone) -> None:
+def load_lora(path: Path, backbone: Backbone) -> None:
     """Reads a file into a backbone, whose LoRA is enabled with the file's targets if it is not.
 
     Raises:

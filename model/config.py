@@ -42,6 +42,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "global_rope_scale": (1e-3, 1e6),
     "norm_epsilon": (1e-12, 1e-1),
     "final_norm_epsilon": (1e-12, 1e-1),
+    "query_pre_attention_scalar": (1e-3, 1e6),
 }
 
 
@@ -73,6 +74,8 @@ class GemmaConfig:
         norm_epsilon: Of the norms in blocks.
         final_norm_epsilon: Of the norm before the head.
         context_tokens: Longest sequence the model was trained for.
+        query_pre_attention_scalar: Queries are scaled by 1 / √ of it; None is H. The 27B models of
+            Gemma 2 and 3 were trained with D / N instead, which their Keras presets do not say.
 
     Raises:
         PresetFileInvalid: A value is out of range, or two values contradict each other.
@@ -98,6 +101,7 @@ class GemmaConfig:
     norm_epsilon: float = 1e-6
     final_norm_epsilon: float = 1e-6
     context_tokens: int = 8_192
+    query_pre_attention_scalar: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -131,8 +135,10 @@ class GemmaConfig:
 
     @property
     def query_scale(self) -> float:
-        """Factor on queries before the dot product: 1 / sqrt(H), in every family.
+        """Factor on queries before the dot product: 1 / √H unless the config says otherwise.
 
-        keras-hub stores a flag for another rule and ignores it (spec 1.5); so does this model.
+        keras-hub stores a flag for another rule and ignores it (spec 1.5); so does the reader of
+        Keras presets, for the same answers. Hugging Face directories state the number.
         """
-        return 1.0 / math.sqrt(self.head_dim)
+        scalar = self.query_pre_attention_scalar
+        return 1.0 / math.sqrt(self.head_dim if scalar is None else scalar)

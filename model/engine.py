@@ -9,6 +9,7 @@
 See `model.slots` for the life of a sequence.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,16 +22,16 @@ from model.config import Family, GemmaConfig
 from model.decode import DecodeInputs, decode_step
 from model.errors import SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma import kv_cache
-from model.gemma.backbone import GemmaBackbone
+from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
-from model.gemma.kv_cache import BLOCK_TOKENS
-from model.gemma.weights import num_parameters
+from model.ids_only import IdsOnly
 from model.prefill import CHUNK_BUCKETS, embed_chunk, prefill_block
 from model.presets.converted import ConvertedPreset
 from model.presets.resolve import IS_INSTRUCT, open_preset
 from model.programs import CompilationCounter, ProgramSpec, use_compile_cache
 from model.progress import Progress
 from model.samplers.draw import SamplingRows
+from model.slot_memory import BLOCK_TOKENS
 from model.slots import (
     MAX_BANNED_IDS,
     DecodeRow,
@@ -38,10 +39,14 @@ from model.slots import (
     EngineOptions,
     SampledToken,
     Sampling,
+    TextCodec,
 )
 from model.tokenizer import Tokenizer
+from model.weight_names import num_parameters
 
 _ROW_BUCKETS = (2, 4, 8)
+
+_logger = logging.getLogger(__name__)
 
 
 def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
@@ -56,13 +61,19 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
     preset = open_preset(options.preset, options.cache_dir, progress=progress)
     config = preset.config
     _check_context(options, config)
-    tokenizer = Tokenizer(
-        preset.tokenizer_proto(), stops_at_end_of_turn=config.family is Family.GEMMA3
-    )
-    backbone = GemmaBackbone(config, _device_arrays(preset, progress))
-    engine = GemmaEngine(backbone, tokenizer, options, preset.preset_digest, counter)
+    codec = _codec(preset)
+    backbone = Backbone(config, _device_arrays(preset, progress), dtype="float32")
+    engine = GemmaEngine(backbone, codec, options, preset, counter)
     engine.compile(progress)
     return engine
+
+
+def _codec(preset: ConvertedPreset) -> TextCodec:
+    proto = preset.tokenizer_proto()
+    if proto is None:
+        _logger.warning("The preset has no tokenizer: only token ids are taken and given.")
+        return IdsOnly(preset.config.vocabulary_size)
+    return Tokenizer(proto, stops_at_end_of_turn=preset.config.family is Family.GEMMA3)
 
 
 def _check_context(options: EngineOptions, config: GemmaConfig) -> None:
@@ -75,12 +86,15 @@ def _check_context(options: EngineOptions, config: GemmaConfig) -> None:
 
 
 def _device_arrays(preset: ConvertedPreset, progress: Progress) -> dict[str, jax.Array]:
-    """Every weight on the device, one after another so that only one is held twice."""
+    """Every weight on the device, one after another so that only one is held twice.
+
+    On a CPU none is: the device reads the mapped file where it lies.
+    """
     total = 4.0 * num_parameters(preset.config)
     done = 0.0
     arrays: dict[str, jax.Array] = {}
     for name, array in preset.arrays():
-        arrays[name] = jnp.asarray(array).block_until_ready()
+        arrays[name] = jax.device_put(array).block_until_ready()
         done += array.nbytes
         progress("load", done, total)
     return arrays
@@ -91,17 +105,18 @@ class GemmaEngine:
 
     def __init__(
         self,
-        backbone: GemmaBackbone,
-        tokenizer: Tokenizer,
+        backbone: Backbone,
+        codec: TextCodec,
         options: EngineOptions,
-        preset_digest: str,
+        preset: ConvertedPreset,
         counter: CompilationCounter,
     ) -> None:
-        self.codec = tokenizer
+        self.codec = codec
         self._config: GemmaConfig = backbone.config
         self._weights = backbone.gemma_weights
         self._options = options
-        self._preset_digest = preset_digest
+        # Kept while the weights are: it holds the cache entry in which they lie.
+        self._preset = preset
         self._counter = counter
         self._traits = layer_traits(self._config)
         self._caches = kv_cache.allocate(
@@ -121,7 +136,7 @@ class GemmaEngine:
         device = jax.devices()[0]
         return EngineInfo(
             preset=self._options.preset,
-            preset_digest=self._preset_digest,
+            preset_digest=self._preset.preset_digest,
             family=self._config.family,
             is_instruct=IS_INSTRUCT.get(self._options.preset),
             num_parameters=num_parameters(self._config),
@@ -137,6 +152,7 @@ class GemmaEngine:
             chunk_tokens=BLOCK_TOKENS,
             buckets={"decode_rows": list(self._row_buckets), "prefill_tokens": [*CHUNK_BUCKETS]},
             programs=tuple(self._programs),
+            has_tokenizer=self.codec.bos_id is not None,
         )
 
     def compile(self, progress: Progress) -> None:

@@ -5,6 +5,7 @@
     + PresetNotFound              nothing has that name
     + PresetFileMissing           the directory lacks a file
     + PresetFileInvalid           a file is truncated, malformed or does not fit the config
+    + PresetDownloadFailed        a hub refused, was not reached, or the disk is full
     + UnsupportedPreset           a well-formed file of a kind that is not served
   x RequestInvalid                another request is needed
     + TokenOutOfRange             an id is not in the vocabulary
@@ -30,6 +31,10 @@ class PresetFileMissing(PresetError):
 
 class PresetFileInvalid(PresetError):
     """A file is truncated, malformed, or its names and shapes do not fit the config."""
+
+
+class PresetDownloadFailed(PresetError):
+    """A hub refused, could not be reached or sent damaged files, or there was no room for them."""
 
 
 class UnsupportedPreset(PresetError):

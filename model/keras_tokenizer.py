@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import PresetFileInvalid, PresetFileMissing
+from model.preset_source import open_source
 from model.tokenizer import Tokenizer
 
 # keras-hub takes longer strings for base64 and shorter ones for paths.
@@ -62,6 +63,23 @@ class GemmaTokenizer:
         self.end_token_id = self._vocabulary.eos_id
         self.pad_token_id = self._vocabulary.pad_id
 
+    @classmethod
+    def from_preset(cls, preset: str, **arguments: Any) -> "GemmaTokenizer":
+        """The tokenizer of a preset, which is downloaded whole if it is not here.
+
+        Args:
+            preset: As for `GemmaBackbone.from_preset`.
+            **arguments: Of the constructor.
+
+        Raises:
+            PresetFileMissing: The preset has no tokenizer.
+            PresetError: There is no such preset, or it cannot be had or read.
+        """
+        proto = open_source(preset, load_weights=True).tokenizer_proto()
+        if proto is None:
+            raise PresetFileMissing(f"The preset {preset!r:.200} has no tokenizer.")
+        return cls(proto, **arguments)
+
     def __call__(self, inputs: Any) -> Any:
         """`tokenize`."""
         return self.tokenize(inputs)
@@ -102,6 +120,12 @@ class GemmaTokenizer:
         """
         self._check([id])
         return self._vocabulary.piece(id)
+
+    def piece_bytes(self, id: int) -> bytes:
+        """The bytes that a token adds to what `detokenize` returns."""
+        if id == self._vocabulary.unk_id:
+            return self._vocabulary.decode([id]).encode()
+        return self._vocabulary.piece_bytes(id)
 
     def vocabulary_size(self) -> int:
         return self._vocabulary.vocabulary_size

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, SlotRows, block
 from model.gemma.forward import scale_embeddings
-from model.gemma.kv_cache import BLOCK_TOKENS, LayerCache
+from model.gemma.kv_cache import LayerCache
 from model.gemma.weights import BlockWeights
+from model.slot_memory import BLOCK_TOKENS
 
 # Lengths to which a chunk is padded. Products of 32 rows and more give a row the same bits on this
 # backend, whatever the number of rows.

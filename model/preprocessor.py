@@ -7,18 +7,25 @@ Training: a row of n + 1 tokens becomes n inputs and n labels, one place later::
     y                the  quick  eos  pad
     weight            1     1     1    0
 
-Generation: bos and the text, padded; the mask marks what must stay.
+Pairs of prompt and response are one row, of which only the response has weight. Generation: bos and
+the text, padded; the mask marks what must stay.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.errors import PresetFileMissing
 from model.keras_tokenizer import GemmaTokenizer
+from model.preset_source import PresetSource, open_source
+from model.presets.keras_json import Preprocessing
 
 Rows = dict[str, NDArray[Any]]
+# A text, several, or {"prompts": …, "responses": …}.
+Texts = str | Sequence[str] | Mapping[str, Any]
 
 
 class TrainingRows(NamedTuple):
@@ -52,32 +59,92 @@ class GemmaCausalLMPreprocessor:
         self.add_start_token = add_start_token
         self.add_end_token = add_end_token
 
+    @classmethod
+    def from_preset(cls, preset: str, **arguments: Any) -> "GemmaCausalLMPreprocessor":
+        """The preprocessor of a preset, which is downloaded whole if it is not here.
+
+        Args:
+            preset: As for `GemmaBackbone.from_preset`.
+            **arguments: Of the constructor, in place of the preset's own.
+
+        Raises:
+            PresetFileMissing: The preset has no tokenizer.
+            PresetError: There is no such preset, or it cannot be had or read.
+        """
+        preprocessor = cls.from_source(open_source(preset, load_weights=True), **arguments)
+        if preprocessor is None:
+            raise PresetFileMissing(f"The preset {preset!r:.200} has no tokenizer.")
+        return preprocessor
+
+    @classmethod
+    def from_source(
+        cls, source: PresetSource, **arguments: Any
+    ) -> "GemmaCausalLMPreprocessor | None":
+        """The preprocessor of a preset that is open; None if it has no tokenizer."""
+        proto = source.tokenizer_proto()
+        if proto is None:
+            return None
+        own = dataclasses.asdict(source.preprocessing)
+        return cls(**{"tokenizer": GemmaTokenizer(proto), **own, **arguments})
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How it packs, as a preset states it."""
+        return Preprocessing(self.sequence_length, self.add_start_token, self.add_end_token)
+
     def __call__(
         self,
-        x: str | Sequence[str],
+        x: Texts,
         y: Any = None,
         sample_weight: Any = None,
         sequence_length: int | None = None,
     ) -> TrainingRows:
         """Training rows; ``y`` and ``sample_weight`` are made from the text, whatever is passed.
 
-        A single string gives rows without a batch axis.
+        Args:
+            x: A text, which gives rows without a batch axis; several texts; or pairs, as
+                ``{"prompts": …, "responses": …}``, a text or several each. Of a pair that is too
+                long both ends are cut: the two get places in turn, as in keras-hub.
+            y: Ignored.
+            sample_weight: Ignored.
+            sequence_length: In place of the preprocessor's own.
+
+        Raises:
+            ValueError: Not as many responses as prompts.
         """
-        length = self._length(sequence_length)
-        token_ids, mask = self._pack(
-            x, length + 1, add_bos=self.add_start_token, add_eos=self.add_end_token
+        prompts, responses = _pairs(x)
+        is_single = isinstance(prompts, str)
+        length = self._length(sequence_length) + 1
+        room = length - self.add_start_token - self.add_end_token
+        rows, num_prompt_tokens = [], []
+        for number, prompt in enumerate(_as_list(prompts)):
+            prompt_ids = self._ids(prompt)
+            response_ids = [] if responses is None else self._ids(_as_list(responses)[number])
+            kept = _places_of_prompt(len(prompt_ids), len(response_ids), max(room, 0))
+            rows.append(prompt_ids[:kept] + response_ids[: max(room - kept, 0)])
+            num_prompt_tokens.append(0 if responses is None else kept + self.add_start_token)
+        token_ids, mask = self._packed(
+            rows, length, add_bos=self.add_start_token, add_eos=self.add_end_token
         )
+        weight = mask & (np.arange(length) >= np.array(num_prompt_tokens)[:, None])
+        columns = (0,) if is_single else (slice(None),)
         return TrainingRows(
-            {"token_ids": token_ids[..., :-1], "padding_mask": mask[..., :-1]},
-            token_ids[..., 1:],
-            mask[..., 1:],
+            {
+                "token_ids": token_ids[..., :-1][columns],
+                "padding_mask": mask[..., :-1][columns],
+            },
+            token_ids[..., 1:][columns],
+            weight[..., 1:][columns],
         )
 
-    def generate_preprocess(
-        self, x: str | Sequence[str], sequence_length: int | None = None
-    ) -> Rows:
-        """Prompts, cut to ``sequence_length`` and padded to it."""
-        token_ids, mask = self._pack(x, self._length(sequence_length), add_bos=True, add_eos=False)
+    def generate_preprocess(self, x: Texts, sequence_length: int | None = None) -> Rows:
+        """Prompts, cut to ``sequence_length`` and padded to it; of pairs the prompts alone."""
+        prompts, _ = _pairs(x)
+        length = self._length(sequence_length)
+        rows = [self._ids(prompt)[: length - 1] for prompt in _as_list(prompts)]
+        token_ids, mask = self._packed(rows, length, add_bos=True, add_eos=False)
+        if isinstance(prompts, str):
+            token_ids, mask = token_ids[0], mask[0]
         return {"token_ids": token_ids, "padding_mask": mask}
 
     def generate_postprocess(self, x: Mapping[str, Any]) -> str | list[str]:
@@ -105,20 +172,23 @@ class GemmaCausalLMPreprocessor:
             raise ValueError(f"sequence_length must be at least 1, got {length}.")
         return length
 
-    def _pack(
-        self, x: str | Sequence[str], length: int, *, add_bos: bool, add_eos: bool
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.tokenize(text).tolist()
+        return ids
+
+    def _packed(
+        self, rows: Sequence[list[int]], length: int, *, add_bos: bool, add_eos: bool
     ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids and mask of [length] for a string, [B, length] for several."""
-        texts = [x] if isinstance(x, str) else [str(text) for text in x]
-        token_ids = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
-        mask = np.zeros((len(texts), length), bool)
-        for row, text in enumerate(texts):
-            ids = self.tokenizer.tokenize(text).tolist()[: length - add_bos - add_eos]
-            ids = [self.tokenizer.start_token_id] * add_bos + ids
-            ids += [self.tokenizer.end_token_id] * add_eos
+        """Token ids and mask [B, length] of rows that fit with their specials."""
+        tokenizer = self.tokenizer
+        token_ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for row, text_ids in enumerate(rows):
+            ids = [tokenizer.start_token_id] * add_bos + text_ids
+            ids += [tokenizer.end_token_id] * add_eos
             token_ids[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
-        return (token_ids[0], mask[0]) if isinstance(x, str) else (token_ids, mask)
+        return token_ids, mask
 
     def _text(self, token_ids: NDArray[Any], mask: NDArray[np.bool_]) -> str:
         tokenizer = self.tokenizer
@@ -127,3 +197,29 @@ class GemmaCausalLMPreprocessor:
         text = tokenizer.detokenize(kept)
         assert isinstance(text, str)
         return text
+
+
+def _pairs(x: Texts) -> tuple[str | list[str], str | list[str] | None]:
+    """Prompts and responses; plain texts have no responses."""
+    if not isinstance(x, Mapping):
+        return x if isinstance(x, str) else [str(text) for text in x], None
+    if x.keys() != {"prompts", "responses"}:
+        raise ValueError(f'Pairs are {{"prompts": …, "responses": …}}; got {sorted(x)!r:.80}.')
+    (prompts, _), (responses, _) = _pairs(x["prompts"]), _pairs(x["responses"])
+    if len(_as_list(prompts)) != len(_as_list(responses)):
+        raise ValueError(
+            f"There are {len(_as_list(prompts))} prompts and {len(_as_list(responses))} responses."
+        )
+    return prompts, responses
+
+
+def _as_list(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _places_of_prompt(num_prompt: int, num_response: int, room: int) -> int:
+    """Tokens of the prompt in ``room`` places that prompt and response take in turn."""
+    if num_prompt + num_response <= room:
+        return num_prompt
+    half = (room + 1) // 2
+    return min(num_prompt, max(half, room - num_response))

@@ -46,7 +46,8 @@ class EngineOptions:
 class EngineInfo:
     """What was loaded, for `/info`.
 
-    ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name.
+    ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
+    without ``has_tokenizer`` there are token ids and no text.
     """
 
     preset: str
@@ -66,6 +67,7 @@ class EngineInfo:
     chunk_tokens: int
     buckets: dict[str, list[int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
+    has_tokenizer: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,14 @@ class SampledToken:
 
 @runtime_checkable
 class TextCodec(Protocol):
-    """Text to ids and ids to bytes."""
+    """Text to ids and ids to bytes. Without a tokenizer, `model.ids_only`."""
 
     @property
     def vocabulary_size(self) -> int: ...
 
     @property
-    def bos_id(self) -> int: ...
+    def bos_id(self) -> int | None:
+        """The id before a text; None without a tokenizer, and then there is no text."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ class Tokenizer:
         self.pad_id = self._special_id(_PAD)
         self.eos_id = self._special_id(_EOS)
         self.bos_id = self._special_id(_BOS)
+        self.unk_id: int = processor.unk_id()
         self.end_of_turn_id = self._find(_END_OF_TURN)
         self._silent_ids = frozenset((self.pad_id, self.eos_id, self.bos_id))
         self._stops_at_end_of_turn = stops_at_end_of_turn

@@ -6,24 +6,20 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
+from pydantic_settings import BaseSettings, CliApp, SettingsError
 
 from service import runtime
+from service.commands import COMMANDS, Command
 from service.data_directory import DataDirectory, DataDirectoryInUse
+from service.exit_status import Exit, ExitStatus
 from service.logs import log_to_stderr
 from service.settings import Settings
 from service.startup_display import startup_display
 from service.supervisor import LoadRefused
 from service.version import VERSION
-
-# BSD's sysexits, where it has a name for what went wrong.
-_EXIT_USAGE = 64
-_EXIT_BAD_PRESET = 65
-_EXIT_CANNOT_CREATE = 73
-_EXIT_TRY_LATER = 75
-_EXIT_ADDRESS_IN_USE = 98
 
 log = logging.getLogger(__name__)
 
@@ -32,74 +28,104 @@ usage: gemma-service COMMAND [options]
 
 commands:
   serve        load a preset and serve it over HTTP
-               (gemma-service serve --help lists the options)
+  presets      list the presets: sizes, memory, and whether they are here
+  fetch        download a preset and convert it
+  export       write a preset as a Keras or Hugging Face directory
+               (gemma-service COMMAND --help lists the options)
 
 options:
   --help       show this text
   --version    show the version
 """
 
+_Options = TypeVar("_Options", bound=BaseSettings)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except Exit as exit_:
+        if exit_.line:
+            sys.stderr.write(f"gemma-service: {exit_.line}\n")
+        return exit_.status
+    except KeyboardInterrupt:
+        return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has seen enough. Nothing may be written there at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.OK
+
+
+def _run(words: list[str]) -> int:
     match words:
         case ["serve", *options]:
-            return _serve(options)
+            _serve(_parsed(Settings, "serve", options))
+        case [name, *options] if name in COMMANDS:
+            command = _parsed(COMMANDS[name], name, options)
+            log_to_stderr(command.log_level)
+            _warn_of_unknown_variables()
+            command.run()
+            sys.stdout.flush()
         case ["--version"]:
             _say(f"gemma-service {VERSION}")
-            return 0
         case ["--help" | "-h"]:
             _say(_USAGE.rstrip())
-            return 0
         case []:
-            return _fail(_USAGE.rstrip(), _EXIT_USAGE)
+            sys.stderr.write(_USAGE)
+            return ExitStatus.USAGE
         case _:
-            return _fail(
-                f"gemma-service: unknown command {words[0][:40]!r}; try --help.", _EXIT_USAGE
-            )
+            raise Exit(ExitStatus.USAGE, f"unknown command {words[0][:40]!r}; try --help.")
+    return ExitStatus.OK
 
 
-def _serve(options: list[str]) -> int:
+def _parsed(kind: type[_Options], command: str, options: list[str]) -> _Options:
+    """Options and variables as settings. Raises `Exit`, also after a text that was asked for."""
     try:
-        settings = CliApp.run(Settings, cli_args=options)
+        return CliApp.run(kind, cli_args=options)
     except SystemExit as exit_:
         # argparse has said what is wrong, and ends with a status of its own.
-        return _EXIT_USAGE if exit_.code else 0
+        raise Exit(ExitStatus.USAGE if exit_.code else ExitStatus.OK, "") from None
     except ValidationError as error:
-        return _fail(_explain(error), _EXIT_USAGE)
+        positionals = kind.positionals if issubclass(kind, Command) else ()
+        raise Exit(ExitStatus.USAGE, _explain(error, positionals)) from error
     except SettingsError as error:
-        return _fail(f"gemma-service: {error}", _EXIT_USAGE)
+        problem = str(error).removeprefix("error parsing CLI: ")
+        raise Exit(
+            ExitStatus.USAGE, f"{command}: {problem}; try gemma-service {command} --help."
+        ) from error
+
+
+def _serve(settings: Settings) -> None:
     log_to_stderr(settings.log_level)
     _warn_of_unknown_variables()
     try:
         listener = runtime.bind(settings.host, settings.port)
     except OSError as error:
-        return _fail(
-            f"gemma-service: cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
+        raise Exit(
+            ExitStatus.ADDRESS_IN_USE,
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
             "Choose another with --host and --port.",
-            _EXIT_ADDRESS_IN_USE,
-        )
+        ) from error
     try:
         data = DataDirectory(settings.data_dir)
         settings.cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     except DataDirectoryInUse as error:
-        return _fail(f"gemma-service: {error}", _EXIT_TRY_LATER)
+        raise Exit(ExitStatus.TRY_LATER, str(error)) from error
     except OSError as error:
-        return _fail(
-            f"gemma-service: cannot use {error.filename}: {error.strerror}. "
+        raise Exit(
+            ExitStatus.CANNOT_CREATE,
+            f"cannot use {error.filename}: {error.strerror}. "
             "Set GEMMA_DATA_DIR and GEMMA_CACHE_DIR to folders that can be written.",
-            _EXIT_CANNOT_CREATE,
-        )
+        ) from error
     host, port = listener.getsockname()[:2]
     _say(json.dumps({"event": "listening", "host": host, "port": port, "pid": os.getpid()}))
     try:
         asyncio.run(runtime.serve(settings, listener, startup_display()))
     except LoadRefused as refusal:
-        return _fail(f"gemma-service: {refusal}", _EXIT_BAD_PRESET)
+        raise Exit(ExitStatus.BAD_PRESET, str(refusal)) from refusal
     finally:
         data.close()
-    return 0
 
 
 def _warn_of_unknown_variables() -> None:
@@ -110,23 +136,22 @@ def _warn_of_unknown_variables() -> None:
             log.warning("%s is not a setting; gemma-service serve --help lists them", name)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, positionals: Sequence[str]) -> str:
     lines = []
     for entry in error.errors(include_url=False, include_input=False):
         name = ".".join(str(part) for part in entry["loc"])
-        option, variable = name.replace("_", "-"), f"GEMMA_{name.upper()}"
-        lines.append(f"gemma-service: --{option} (or {variable}): {entry['msg']}")
-    return "\n".join(lines)
+        option = "--" + name.replace("_", "-")
+        if name in positionals:
+            option = name.upper()
+        elif name in Settings.model_fields:
+            option += f" (or GEMMA_{name.upper()})"
+        lines.append(f"{option}: {entry['msg']}")
+    return "\ngemma-service: ".join(lines)
 
 
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _fail(line: str, status: int) -> int:
-    sys.stderr.write(line + "\n")
-    return status
 
 
 if __name__ == "__main__":

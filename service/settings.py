@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         "model.engine:load", description="Engine that the worker loads, as module:function."
     )
     log_level: Annotated[
-        str, StringConstraints(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$", to_upper=True)
+        str, StringConstraints(pattern=r"^(?i:DEBUG|INFO|WARNING|ERROR)$", to_upper=True)
     ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     docs: bool | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Shows a person, or a log, how far the start is.
+"""Shows a person, or a log, how far the start of the service is, or a command.
 
 A bar for each phase on a terminal; otherwise one JSON line when a phase begins, every few seconds
 while it lasts, and when it ends.
@@ -18,6 +18,7 @@ _VERBS = {
     "convert": "Converting",
     "load": "Loading",
     "compile": "Compiling",
+    "write": "Writing",
 }
 
 

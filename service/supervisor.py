@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Protocol, assert_never
 
 from service.errors import Loading, WorkerRestarting
+from service.own_modules import own_modules
 from service.protocol import framing
 from service.protocol.messages import (
     Accepted,
@@ -200,7 +201,8 @@ class Supervisor:
         arguments += ["--log-level", self._log_level]
         # From the main thread: the kernel ties the worker's life to the thread that started it.
         return subprocess.Popen(
-            [sys.executable, "-m", "service.worker", *arguments],
+            [sys.executable, "-P", "-m", "service.worker", *arguments],
+            env={**os.environ, "PYTHONPATH": own_modules()},
             pass_fds=(descriptor,),
             stdin=subprocess.DEVNULL,
             # Ctrl-C in a terminal reaches the whole group; only we decide when the worker stops.

@@ -34,8 +34,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     GEMMA_TEST_CACHE_DIR keeps them between sessions; without it every run starts cold, as CI does.
     """
-    kept = os.environ.get("GEMMA_TEST_CACHE_DIR")
-    return Path(kept) if kept else tmp_path_factory.mktemp("cache")
+    if kept := os.environ.get("GEMMA_TEST_CACHE_DIR"):
+        return Path(kept)
+    # Workers of one run (pytest-xdist) have folders beside each other, and share this one.
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    (shared / "cache").mkdir(exist_ok=True)
+    return shared / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from gguf.quants import quantize
 
 from model.config import Family, GemmaConfig
 from model.errors import PresetFileInvalid, UnsupportedPreset
-from model.gemma.weights import weight_specs
 from model.presets.gguf_file import GgufPreset
 from model.presets.gguf_header import TensorType
+from model.weight_names import weight_specs
 
 TOKENS = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,30 +23,41 @@ REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "model" / "presets" / "tiny"
 
 
-class CountingReader:
-    """A reader of the tiny preset that counts how often its weights are read."""
+class Conversions:
+    """A `Progress` that counts how often a source is converted, and can act meanwhile."""
 
-    def __init__(self, directory=TINY):
-        self._preset = KerasPreset.open(directory)
-        self.config = self._preset.config
-        self.source_files = self._preset.source_files
-        self.num_reads = 0
-        self.before_last_array = lambda: None
+    def __init__(self, meanwhile=lambda: None):
+        self.num_done = 0
+        self._meanwhile = [meanwhile]
 
-    def tokenizer_proto(self):
-        return self._preset.tokenizer_proto()
-
-    def arrays(self):
-        self.num_reads += 1
-        *most, last = self._preset.arrays()
-        yield from most
-        self.before_last_array()
-        yield last
+    def __call__(self, phase, done, total):
+        assert phase == "convert"
+        if self._meanwhile:
+            self._meanwhile.pop()()
+        self.num_done += done == total
 
 
 @pytest.fixture
 def reader():
-    return CountingReader()
+    return KerasPreset.open(TINY)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Path(shutil.copytree(TINY, tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def converted_once(tmp_path_factory):
+    cache_dir = tmp_path_factory.mktemp("converted-once")
+    convert(KerasPreset.open(TINY), cache_dir)
+    return cache_dir
+
+
+@pytest.fixture
+def full_cache(tmp_path, converted_once):
+    """A cache with the tiny preset in it, for one test alone."""
+    return Path(shutil.copytree(converted_once, tmp_path / "full-cache"))
 
 
 def assert_holds_tiny(preset):
@@ -69,10 +81,29 @@ def test_a_converted_preset_holds_what_its_source_holds(tmp_path, reader):
 
 
 def test_a_second_start_reads_no_source_weights(tmp_path, reader):
-    first = convert(reader, tmp_path)
-    second = convert(reader, tmp_path)
+    conversions = Conversions()
+    first = convert(reader, tmp_path, progress=conversions)
+    second = convert(reader, tmp_path, progress=conversions)
     assert first == second
-    assert reader.num_reads == 1
+    assert conversions.num_done == 1
+
+
+def test_a_preset_without_a_tokenizer_is_converted_without_one(tmp_path, source):
+    shutil.rmtree(source / "assets")
+    for name in ("tokenizer.json", "preprocessor.json", "task.json"):
+        (source / name).unlink(missing_ok=True)
+    first, second = (convert(KerasPreset.open(source), tmp_path) for _ in range(2))
+    assert first.tokenizer_proto() is None
+    assert second.tokenizer_proto() is None
+    assert sorted(os.listdir(first.directory)) == ["model.safetensors", "preset.json"]
+
+
+def test_arrays_lie_where_jax_can_use_them_without_a_copy(full_cache, reader):
+    """The tiny preset's tensors have multiples of 64 bytes, as those of every Gemma have."""
+    mapped = dict(convert(reader, full_cache).arrays())
+    for name, array in mapped.items():
+        on_device = jax.device_put(array)
+        assert on_device.unsafe_buffer_pointer() == array.ctypes.data, name
 
 
 def test_only_the_owner_can_look_into_the_cache(tmp_path, reader):
@@ -93,19 +124,17 @@ def test_progress_counts_bytes_up_to_the_total(tmp_path, reader):
         assert done[-1] == 4 * 103_552
 
 
-def test_the_digest_depends_on_contents_and_not_on_the_place(tmp_path):
-    moved = shutil.copytree(TINY, tmp_path / "moved")
-    here, there = convert(CountingReader(), tmp_path), convert(CountingReader(moved), tmp_path)
+def test_the_digest_depends_on_contents_and_not_on_the_place(tmp_path, reader, source):
+    here, there = convert(reader, tmp_path), convert(KerasPreset.open(source), tmp_path)
     assert here.preset_digest == there.preset_digest
     assert here.directory != there.directory
 
 
-def test_a_changed_source_is_converted_anew(tmp_path):
-    source = shutil.copytree(TINY, tmp_path / "source")
-    before = convert(CountingReader(source), tmp_path)
+def test_a_changed_source_is_converted_anew(tmp_path, source):
+    before = convert(KerasPreset.open(source), tmp_path)
     config = source / "config.json"
     config.write_text(config.read_text().replace('"dropout": 0', '"dropout": 0.1'))
-    after = convert(CountingReader(source), tmp_path)
+    after = convert(KerasPreset.open(source), tmp_path)
     assert before.preset_digest != after.preset_digest
 
 
@@ -141,10 +170,9 @@ open_preset("tiny", cache_dir, progress=progress)
         ("progress", 1, False),
         ("progress", 60, False),
         ("fsync", 1, False),  # the tokenizer
-        ("fsync", 2, False),  # the weights
-        ("fsync", 3, False),  # the manifest
+        ("fsync", 2, False),  # the manifest
         ("rename", 1, False),
-        ("fsync", 5, True),  # the directory around the new entry
+        ("fsync", 4, True),  # the directory around the new entry
     ],
 )
 def test_being_killed_leaves_a_whole_entry_or_none(tmp_path, instant, countdown, is_converted):
@@ -153,10 +181,10 @@ def test_being_killed_leaves_a_whole_entry_or_none(tmp_path, instant, countdown,
     (left_over,) = names_in_cache(tmp_path)
     assert left_over.startswith(".converting-") is not is_converted
 
-    reader = CountingReader()
-    preset = convert(reader, tmp_path)
+    conversions = Conversions()
+    preset = convert(KerasPreset.open(TINY), tmp_path, progress=conversions)
 
-    assert reader.num_reads == (0 if is_converted else 1)
+    assert conversions.num_done == (0 if is_converted else 1)
     assert_holds_tiny(preset)
     assert names_in_cache(tmp_path) == [preset.directory.name]
 
@@ -184,26 +212,24 @@ def test_two_processes_at_once_end_with_the_same_entry(tmp_path):
 
 
 def test_whoever_is_slower_uses_the_entry_of_the_other(tmp_path, reader):
-    reader.before_last_array = lambda: convert(CountingReader(), tmp_path)
-    preset = convert(reader, tmp_path)
+    meanwhile = Conversions(lambda: convert(reader, tmp_path))
+    preset = convert(reader, tmp_path, progress=meanwhile)
+    assert meanwhile.num_done == 1
     assert_holds_tiny(preset)
     assert names_in_cache(tmp_path) == [preset.directory.name]
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tmp_path):
-    source = shutil.copytree(TINY, tmp_path / "source")
-    reader = CountingReader(source)
-    reader.before_last_array = lambda: os.utime(source / "model.weights.h5", (1, 1))
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path, source):
+    touch = Conversions(lambda: os.utime(source / "model.weights.h5", (1, 1)))
     with pytest.raises(PresetFileInvalid, match="changed while"):
-        convert(reader, tmp_path)
+        convert(KerasPreset.open(source), tmp_path, progress=touch)
     assert names_in_cache(tmp_path) == []
 
 
-def test_a_source_that_cannot_be_read_leaves_nothing_behind(tmp_path):
-    source = shutil.copytree(TINY, tmp_path / "source")
+def test_a_source_that_cannot_be_read_leaves_nothing_behind(tmp_path, source):
     os.truncate(source / "model.weights.h5", 400_000)
     with pytest.raises(PresetFileInvalid, match=r"model\.weights\.h5"):
-        convert(CountingReader(source), tmp_path)
+        convert(KerasPreset.open(source), tmp_path)
     assert names_in_cache(tmp_path) == []
 
 
@@ -273,17 +299,19 @@ def with_a_file_in_its_place(entry):
 @pytest.mark.parametrize(
     "damage", [v for n, v in sorted(globals().items()) if n.startswith(("with_", "without_"))]
 )
-def test_a_damaged_entry_is_logged_and_converted_again_once(tmp_path, reader, caplog, damage):
-    damage(convert(reader, tmp_path).directory)
+def test_a_damaged_entry_is_logged_and_converted_again_once(full_cache, reader, caplog, damage):
+    (entry,) = names_in_cache(full_cache)
+    damage(full_cache / "presets" / entry)
 
+    conversions = Conversions()
     with caplog.at_level(logging.WARNING):
-        preset = convert(reader, tmp_path)
+        preset = convert(reader, full_cache, progress=conversions)
 
     assert_holds_tiny(preset)
     assert caplog.text.count("thrown away") == 1
-    convert(reader, tmp_path)
-    assert reader.num_reads == 2
-    assert names_in_cache(tmp_path) == [preset.directory.name]
+    convert(reader, full_cache, progress=conversions)
+    assert conversions.num_done == 1
+    assert names_in_cache(full_cache) == [entry]
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -293,8 +321,8 @@ def test_tiny_is_a_name(tmp_path):
     assert_holds_tiny(open_preset("tiny", tmp_path))
 
 
-def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(PresetNotFound, match=r"tiny, gemma3_270m.*directory or a \.gguf file"):
+def test_an_unknown_name_is_an_error_that_says_what_a_preset_may_be(tmp_path):
+    with pytest.raises(PresetNotFound, match=r"'gemma9_1t'.*directory,? or a \.gguf file"):
         open_preset("gemma9_1t", tmp_path)
 
 

@@ -12,9 +12,9 @@ from gguf.quants import dequantize, quantize
 
 from model.config import Family
 from model.errors import PresetFileInvalid, UnsupportedPreset
-from model.gemma.weights import weight_specs
 from model.presets.gguf_file import GgufPreset
 from model.presets.gguf_header import TensorType
+from model.weight_names import weight_specs
 from tests.gguf_files import CONFIG, Tensor, random_arrays, refusal_of, tiny_file
 
 

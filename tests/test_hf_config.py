@@ -1,6 +1,8 @@
 """config.json of Hugging Face directories: what it means, and what is refused."""
 
+import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 
 from model.config import Family
 from model.errors import PresetFileInvalid, UnsupportedPreset
+from model.presets.hf_config import read_config
 from model.presets.hf_directory import HuggingFacePreset
+from model.presets.table import BUILTIN_PRESETS
+from model.weight_names import num_parameters
 from tests.hf_directories import GEMMA1, GEMMA2, edit_config, write_gemma3
 
 
@@ -84,13 +89,115 @@ def test_an_unknown_key_is_logged(gemma1, caplog):
     assert "new_thing" in caplog.text
 
 
+# As google/gemma-2-27b, google/gemma-3-270m and google/gemma-3-1b-it publish them, less what has no
+# effect on the logits.
+GEMMA2_27B = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": 30.0,
+    "head_dim": 128,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 4608,
+    "intermediate_size": 36864,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma2",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 16,
+    "query_pre_attn_scalar": 144,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 256000,
+}
+GEMMA3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+GEMMA3_270M = GEMMA3_1B | {
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("document", "num_known"),
+    # The counts that keras-hub publishes (spec 5.1 and 9.1).
+    [(GEMMA2_27B, 27_227_128_320), (GEMMA3_1B, 999_885_952), (GEMMA3_270M, 268_098_176)],
+    ids=["gemma-2-27b", "gemma-3-1b", "gemma-3-270m"],
+)
+def test_published_configs_have_as_many_parameters_as_the_models(tmp_path, document, num_known):
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert num_parameters(read_config(tmp_path / "config.json")) == num_known
+
+
+def test_queries_of_the_27b_model_are_scaled_by_its_own_number(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA2_27B))
+    config = read_config(tmp_path / "config.json")
+    assert config.query_pre_attention_scalar == 144
+    assert config.query_scale == pytest.approx(1 / 12)
+
+
+def test_a_number_equal_to_head_dim_is_the_default(gemma2):
+    assert HuggingFacePreset.open(gemma2).config.query_pre_attention_scalar is None
+
+
+def test_a_vision_model_as_published_is_refused_with_the_name_of_a_text_variant(tmp_path):
+    """As google/gemma-3-4b-it has it."""
+    document = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {"hidden_size": 2560, "model_type": "gemma3_text", "num_hidden_layers": 34},
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UnsupportedPreset, match=r"Kaggle, such as gemma3_4b_text") as caught:
+        read_config(tmp_path / "config.json")
+    named = set(re.findall(r"gemma3_\w+", str(caught.value)))
+    assert named == {"gemma3_4b_text", "gemma3_instruct_4b_text"}
+    assert named <= BUILTIN_PRESETS.keys()
+
+
 # --- configs that are refused --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("base", "changes", "error", "words"),
     [
-        ("gemma1", {"model_type": "llama"}, UnsupportedPreset, "model_type is 'llama'"),
+        ("gemma1", {"model_type": "llama"}, UnsupportedPreset, "'llama'; only gemma.*Use a text"),
+        ("gemma1", {"model_type": "paligemma"}, UnsupportedPreset, "'paligemma'; only gemma"),
+        ("gemma3", {"model_type": "gemma3n_text"}, UnsupportedPreset, "'gemma3n_text'; only gemma"),
         ("gemma1", {"model_type": ["gemma"]}, PresetFileInvalid, "model_type must be a text"),
         ("gemma1", {"hidden_size": None}, PresetFileInvalid, "hidden_size"),
         ("gemma1", {"hidden_size": 32.0}, PresetFileInvalid, "hidden_size"),
@@ -106,12 +213,8 @@ def test_an_unknown_key_is_logged(gemma1, caplog):
         ("gemma1", {"tie_word_embeddings": False}, UnsupportedPreset, "tie_word_embeddings"),
         ("gemma1", {"quantization_config": {"bits": 4}}, UnsupportedPreset, "quantised"),
         ("gemma1", {"use_bidirectional_attention": True}, UnsupportedPreset, "bidirectional"),
-        (
-            "gemma2",
-            {"query_pre_attn_scalar": 144},
-            UnsupportedPreset,
-            "query_pre_attn_scalar is 14",
-        ),
+        ("gemma2", {"query_pre_attn_scalar": 0}, PresetFileInvalid, "query_pre_attention_scalar"),
+        ("gemma2", {"query_pre_attn_scalar": "x"}, PresetFileInvalid, "query_pre_attn_scalar must"),
         ("gemma2", {"layer_types": ["full_attention"]}, UnsupportedPreset, "layer_types"),
         ("gemma2", {"layer_types": "sliding"}, UnsupportedPreset, "layer_types"),
         ("gemma2", {"sliding_window": 0}, PresetFileInvalid, "sliding_window"),
@@ -120,7 +223,7 @@ def test_an_unknown_key_is_logged(gemma1, caplog):
         ("gemma3", {"rope_scaling": {"beta": 1}}, UnsupportedPreset, r"rope_scaling\.beta"),
         ("gemma3", {"rope_parameters": {"rope_theta": 3.0}}, UnsupportedPreset, "rope_parameters"),
         ("gemma3", {"sliding_window_pattern": 0}, PresetFileInvalid, "global_layer_period"),
-        ("gemma3", {"vision_config": {}}, UnsupportedPreset, "vision_config"),
+        ("gemma3", {"vision_config": {}}, UnsupportedPreset, "vision_config.*only text models"),
         ("gemma3", {"model_type": "gemma3"}, PresetFileInvalid, "text_config"),
         (
             "gemma3",

@@ -6,16 +6,22 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model.errors import PresetError, PresetFileInvalid, PresetFileMissing
-from model.gemma.weights import weight_specs
+from model.errors import PresetError, PresetFileInvalid, PresetFileMissing, UnsupportedPreset
+from model.gemma.forward import forward
+from model.gemma.weights import assemble
 from model.presets.hf_directory import HuggingFacePreset
+from model.presets.hf_writer import write_hugging_face
 from model.presets.keras_directory import KerasPreset
+from model.presets.keras_writer import write_keras_preset
 from model.presets.resolve import open_preset
+from model.weight_names import weight_specs
 from tests.goldens import preset_directory
 from tests.hf_directories import (
     GEMMA1,
@@ -27,6 +33,8 @@ from tests.hf_directories import (
 )
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+compiled_forward = jax.jit(forward, static_argnums=0)
 
 
 def edit_tensors(directory, **changes):
@@ -44,6 +52,25 @@ def assert_same_arrays(preset, golden):
         assert array.dtype == np.float32
         assert array.flags.c_contiguous
         np.testing.assert_array_equal(array, other, err_msg=name)
+
+
+def tokenizer_of(preset):
+    proto = preset.tokenizer_proto()
+    assert proto is not None
+    return proto
+
+
+def written(directory, config, arrays):
+    proto = (preset_directory("gemma2_tiny") / "assets/tokenizer/vocabulary.spm").read_bytes()
+    write_hugging_face(directory, config, arrays.items(), proto)
+    return directory
+
+
+def logits(preset):
+    arrays = {name: jnp.asarray(array) for name, array in preset.arrays()}
+    token_ids = jnp.asarray([[2, 302, 332, 447, 41, 97, 5, 180]], jnp.int32)
+    weights = assemble(preset.config, arrays)
+    return compiled_forward(preset.config, weights, token_ids, jnp.ones((1, 8), bool)).logits
 
 
 @pytest.fixture
@@ -123,6 +150,42 @@ def test_a_preset_is_opened_by_the_path_of_its_directory(directory, tmp_path):
     assert [name for name, _ in preset.arrays()] == [s.name for s in weight_specs(preset.config)]
 
 
+@pytest.mark.parametrize("golden", ["gemma2_tiny", "gemma3_tiny"])
+def test_a_query_scalar_of_nine_is_queries_made_four_thirds_as_long(tmp_path, golden):
+    """head_dim is 16: 1/√9 is 4/3 of 1/√16, and attention is linear in the queries."""
+    preset = KerasPreset.open(preset_directory(golden))
+    arrays = dict(preset.arrays())
+    longer = {}
+    for name, array in arrays.items():
+        if name.endswith("/attention/query/kernel") and not preset.config.use_query_key_norm:
+            longer[name] = array * np.float32(4 / 3)
+        elif name.endswith("/query_norm/scale"):
+            longer[name] = (1 + array) * np.float32(4 / 3) - 1
+        else:
+            longer[name] = array
+    edit_config(
+        written(tmp_path / "nine", preset.config, arrays),
+        query_pre_attn_scalar=9,
+    )
+    nine = HuggingFacePreset.open(tmp_path / "nine")
+    sixteen = HuggingFacePreset.open(written(tmp_path / "sixteen", preset.config, longer))
+    assert (nine.config.query_scale, sixteen.config.query_scale) == (1 / 3, 1 / 4)
+    expected = logits(sixteen)
+    np.testing.assert_allclose(logits(nine), expected, atol=2e-4, rtol=0)
+    assert np.abs(logits(preset) - expected).max() > 0.1
+
+
+def test_another_query_scalar_is_written_to_hugging_face_and_refused_by_keras(tmp_path):
+    preset = KerasPreset.open(preset_directory("gemma2_tiny"))
+    config = replace(preset.config, query_pre_attention_scalar=144.0)
+    directory = written(tmp_path / "hf", config, dict(preset.arrays()))
+    assert HuggingFacePreset.open(directory).config.query_pre_attention_scalar == 144.0
+    with pytest.raises(
+        UnsupportedPreset, match=r"cannot express query_pre_attention_scalar 144\.0"
+    ):
+        write_keras_preset(tmp_path / "keras", config, preset.arrays(), tokenizer_of(preset))
+
+
 # --- weights that are refused --------------------------------------------------------------------
 
 
@@ -186,6 +249,8 @@ def test_flipped_bytes_are_refused_or_read_in_the_right_shapes(gemma1, seed):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
 def test_a_missing_file_is_named(gemma1, name):
+    # Without any file of a tokenizer it would be a backbone alone.
+    (gemma1 / "tokenizer_config.json").write_text("{}")
     (gemma1 / name).unlink()
     with pytest.raises(PresetFileMissing, match=name):
         HuggingFacePreset.open(gemma1)

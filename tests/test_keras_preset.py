@@ -6,13 +6,20 @@ import shutil
 from pathlib import Path
 
 import h5py
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from model.errors import PresetError, PresetFileInvalid, PresetFileMissing
-from model.gemma.weights import weight_specs
+from model.config import Family
+from model.errors import PresetError, PresetFileInvalid, PresetFileMissing, UnsupportedPreset
+from model.gemma.forward import forward
+from model.gemma.weights import assemble
 from model.presets.keras_directory import KerasPreset
+from model.presets.resolve import open_preset
+from model.weight_names import weight_specs
+from tests import goldens
 
 GOLDENS = Path(__file__).parent / "goldens"
 GEMMA1 = GOLDENS / "gemma1_tiny" / "preset"
@@ -93,6 +100,63 @@ def test_float16_loads_as_the_same_numbers_in_float32(preset):
     np.testing.assert_array_equal(query[5], half[0, :, 5].astype(np.float32))
 
 
+def test_an_old_preset_without_task_and_preprocessor_files_is_read_as_a_new_one(preset):
+    """As keras_nlp wrote them: config, weights, tokenizer.json and its vocabulary, nothing else."""
+    for name in ("task.json", "preprocessor.json", "metadata.json"):
+        (preset / name).unlink()
+    for name in ("config.json", "tokenizer.json"):
+        path = preset / name
+        path.write_text(path.read_text().replace("keras_hub", "keras_nlp"))
+    old, new = KerasPreset.open(preset), KerasPreset.open(GEMMA1)
+    assert "keras_nlp>GemmaBackbone" in (preset / "config.json").read_text()
+    assert old.config == new.config
+    assert old.tokenizer_proto() == new.tokenizer_proto()
+    arrays = dict(new.arrays())
+    for name, array in old.arrays():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_a_preset_saved_with_lora_on_is_the_model_after_training(preset):
+    """keras-hub 0.32 saves kernel + A · B as the kernel, no other dataset, and counts A and B."""
+    given = goldens.arrays("gemma1_tiny")
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        for layer in range(2):
+            block = f"layers/gemma_decoder_block{f'_{layer}' if layer else ''}"
+            for name in ("query", "value"):
+                a, b = (given[f"train.lora.{layer}.{name}.{part}5"] for part in "ab")
+                kernel = file[f"{block}/attention/{name}_dense/vars/0"]
+                kernel[...] += a @ b
+    metadata = json.loads((preset / "metadata.json").read_text())
+    metadata["parameter_count"] += 2 * (4 * 32 * 4 + 4 * 16 + 1 * 32 * 4 + 4 * 16)
+    (preset / "metadata.json").write_text(json.dumps(metadata))
+    reader = KerasPreset.open(preset)
+    result = jax.jit(forward, static_argnums=0)(
+        reader.config,
+        assemble(reader.config, {name: jnp.asarray(array) for name, array in reader.arrays()}),
+        jnp.asarray(given["train.x_token_ids"], jnp.int32),
+        jnp.asarray(given["train.x_padding_mask"]).astype(bool),
+    )
+    np.testing.assert_allclose(result.logits, given["train.lora.logits5"], atol=3e-4, rtol=0)
+
+
+def test_a_task_of_gemma3_is_read_by_its_backbone():
+    task = json.loads((GEMMA3 / "task.json").read_text())
+    assert task["registered_name"] == "keras_hub>Gemma3CausalLM"
+    assert task["config"]["preprocessor"]["class_name"] == "Gemma3CausalLMPreprocessor"
+    preset = KerasPreset.open(GEMMA3)
+    assert preset.config.family is Family.GEMMA3
+    proto = (GEMMA3 / "assets/tokenizer/vocabulary.spm").read_bytes()
+    assert preset.tokenizer_proto() == proto
+
+
+def test_a_keras_archive_is_refused_with_what_to_use_instead(tmp_path):
+    archive = tmp_path / "gemma.keras"
+    archive.write_bytes(b"PK")
+    with pytest.raises(UnsupportedPreset, match=r"can hold code\. Use a Keras preset") as caught:
+        open_preset(str(archive), tmp_path / "cache")
+    assert "gemma.keras" in str(caught.value)
+
+
 # --- weights that are refused --------------------------------------------------------------------
 
 
@@ -144,6 +208,10 @@ def as_big_endian(file):
 
 def as_text(file):
     file[QUERY] = ["a", "b"]
+
+
+def as_int8_without_scales(file):
+    file[QUERY] = np.ones(QUERY_SHAPE, "i1")
 
 
 def as_compound(file):

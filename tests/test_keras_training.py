@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from model.causal_lm import GemmaCausalLM
-from model.gemma.backbone import GemmaBackbone
+from model.gemma.backbone import Backbone
 from model.gemma.keras_lora import TARGETS
 from model.keras_tokenizer import GemmaTokenizer
 from model.preprocessor import GemmaCausalLMPreprocessor
@@ -29,7 +29,7 @@ SETS = pytest.mark.parametrize("name", ["gemma1_tiny", "gemma2_tiny"])
 def fresh(name, sequence_length=16):
     """A model of its own, as training changes it."""
     preset = KerasPreset.open(goldens.preset_directory(name))
-    backbone = GemmaBackbone(preset.config, {key: jnp.asarray(a) for key, a in preset.arrays()})
+    backbone = Backbone(preset.config, {key: jnp.asarray(a) for key, a in preset.arrays()})
     tokenizer = GemmaTokenizer(preset.tokenizer_proto())
     return GemmaCausalLM(backbone, GemmaCausalLMPreprocessor(tokenizer, sequence_length))
 
@@ -97,6 +97,12 @@ def test_score_refuses_what_it_cannot_do():
         model.score([[1, 2]], scoring_mode="loss")
     with pytest.raises(ValueError, match=r"got shape \(2,\)"):
         model.score([1, 2])
+    with pytest.raises(ValueError, match=r"token_ids has 512 in row 0, column 1; .* \[0, 512\)"):
+        model.score([[1, 512]])
+    with pytest.raises(ValueError, match="target_ids has -1 in row 0, column 0"):
+        model.score([[1]], scoring_mode="loss", target_ids=[[-1]])
+    with pytest.raises(ValueError, match=r"padding_mask has shape \(1, 1\), token_ids \(1, 2\)"):
+        model.score([[1, 2]], padding_mask=[[1]])
 
 
 @SETS
@@ -111,6 +117,12 @@ def test_evaluate_divides_as_keras_hub_does(name):
     np.testing.assert_allclose(one, case["one_batch_of_4"], atol=1e-4)
     np.testing.assert_allclose(two, case["batches_of_3_then_1"], atol=1e-4)
     np.testing.assert_allclose(plain, case["no_sample_weight"], atol=1e-4)
+
+
+def assert_history(found, expected):
+    assert found.keys() == expected.keys() == {"loss", "sparse_categorical_accuracy"}
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, atol=1e-4)
 
 
 @SETS
@@ -128,8 +140,9 @@ def test_lora_training_on_texts_reproduces_keras_hub(name):
     after_five = lora_arrays(model)
 
     np.testing.assert_allclose(before, expected["evaluate_before"], atol=1e-4)
-    losses = first.history["loss"] + rest.history["loss"]
-    np.testing.assert_allclose(losses, expected["history"]["loss"], atol=1e-4)
+    assert_history(
+        {key: first.history[key] + rest.history[key] for key in first.history}, expected["history"]
+    )
     for place, array in after_one.items():
         np.testing.assert_allclose(array, given[f"train.lora.{place}1"], atol=1e-4)
     for place, array in after_five.items():
@@ -147,7 +160,9 @@ def test_training_all_weights_reproduces_keras_hub(name):
     model = fresh(name)
     model.compile(optimizer=keras.optimizers.SGD(expected["learning_rate"]))
     history = model.fit(case["strings"], batch_size=4, epochs=3, verbose=0)
-    np.testing.assert_allclose(history.history["loss"], expected["history"]["loss"], atol=1e-4)
+    assert_history(history.history, expected["history"])
+    after = model.evaluate(case["strings"], batch_size=4, verbose=0)
+    np.testing.assert_allclose(after, expected["evaluate_after"], atol=1e-4)
     weights = model.backbone.gemma_weights
     close = {"atol": 1e-4, "rtol": 0}
     np.testing.assert_allclose(weights.embeddings, given["train.full.embeddings3"], **close)
@@ -161,8 +176,10 @@ def test_the_default_optimizer_is_that_of_keras_hub(name):
     case = goldens.cases(name)["train"]
     model = fresh(name)
     history = model.fit(case["strings"], batch_size=4, epochs=3, verbose=0)
-    expected = case["default_compile"]["history"]["loss"]
-    np.testing.assert_allclose(history.history["loss"], expected, atol=1e-4)
+    expected = case["default_compile"]
+    assert_history(history.history, expected["history"])
+    after = model.evaluate(case["strings"], batch_size=4, verbose=0)
+    np.testing.assert_allclose(after, expected["evaluate_after"], atol=1e-4)
 
 
 def test_lora_after_an_earlier_fit_trains_only_its_own_weights():
@@ -170,6 +187,8 @@ def test_lora_after_an_earlier_fit_trains_only_its_own_weights():
     strings = goldens.cases("gemma1_tiny")["train"]["strings"]
     model.fit(strings, batch_size=4, epochs=1, verbose=0)
     model.backbone.enable_lora(4)
+    with pytest.raises(ValueError, match=r"Call compile\(\) again"):
+        model.fit(strings, batch_size=4, epochs=1, verbose=0)
     model.compile(optimizer=keras.optimizers.AdamW(1e-2))
     kernels = [np.asarray(w) for w in model.non_trainable_weights]
     assert len(model.trainable_weights) == 2 * 2 * 2

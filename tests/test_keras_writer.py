@@ -11,6 +11,7 @@ from model.errors import PresetError, UnsupportedPreset
 from model.presets.hf_directory import HuggingFacePreset
 from model.presets.hf_writer import write_hugging_face
 from model.presets.keras_directory import KerasPreset
+from model.presets.keras_json import Preprocessing
 from model.presets.keras_writer import write_keras_preset
 from tests.goldens import TINY_PRESETS, preset_directory
 
@@ -59,7 +60,7 @@ def test_what_is_written_reads_back_bit_for_bit(tmp_path, name, max_shard_bytes)
 @pytest.mark.parametrize("name", TINY_PRESETS)
 def test_the_files_are_those_of_keras_hub_up_to_date_and_version(tmp_path, name):
     expected = preset_directory(name)
-    written = write(tmp_path / "new", name, sequence_length=24)
+    written = write(tmp_path / "new", name, preprocessing=Preprocessing(24))
     names = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
     assert {path.relative_to(written) for path in written.rglob("*") if path.is_file()} == names
     for file_name in ("config.json", "tokenizer.json", "preprocessor.json", "task.json"):

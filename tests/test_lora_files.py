@@ -10,7 +10,7 @@ import pytest
 from model.adapters import load_lora, lora_places, save_lora
 from model.causal_lm import GemmaCausalLM
 from model.errors import PresetFileInvalid, PresetFileMissing
-from model.gemma.backbone import GemmaBackbone
+from model.gemma.backbone import Backbone
 from model.presets.keras_directory import KerasPreset
 from tests import goldens
 
@@ -19,7 +19,7 @@ SETS = pytest.mark.parametrize("name", ["gemma1_tiny", "gemma2_tiny"])
 
 def fresh(name):
     preset = KerasPreset.open(goldens.preset_directory(name))
-    return GemmaBackbone(preset.config, {key: jnp.asarray(a) for key, a in preset.arrays()})
+    return Backbone(preset.config, {key: jnp.asarray(a) for key, a in preset.arrays()})
 
 
 def golden_file(name):

@@ -11,12 +11,13 @@ from model.config import Family, GemmaConfig
 from model.errors import PresetFileInvalid
 from model.gemma import kv_cache, masks
 from model.gemma.attention import attend, attend_slot, soft_cap
-from model.gemma.backbone import GemmaBackbone
+from model.gemma.backbone import Backbone
 from model.gemma.forward import forward
 from model.gemma.norms import rms_norm
 from model.gemma.projection import AdapterTerm, projection
 from model.gemma.rope import apply_rope, inverse_frequencies
-from model.gemma.weights import num_parameters
+from model.slot_memory import num_cache_positions
+from model.weight_names import num_parameters
 from tests import goldens
 
 compiled_forward = jax.jit(forward, static_argnums=0)
@@ -114,9 +115,9 @@ def test_attention_over_a_slot_equals_attention_over_its_keys(window, start, num
 def test_a_ring_holds_its_window_while_a_chunk_is_written():
     config = dataclasses.replace(goldens.backbone("gemma3_tiny").config, sliding_window_tokens=512)
     local, global_ = 0, 5
-    assert kv_cache.num_cache_positions(config, local, 4096) == 768
-    assert kv_cache.num_cache_positions(config, global_, 4096) == 4096
-    assert kv_cache.num_cache_positions(config, local, 100) == 256
+    assert num_cache_positions(config, local, 4096) == 768
+    assert num_cache_positions(config, global_, 4096) == 4096
+    assert num_cache_positions(config, local, 100) == 256
 
 
 def test_a_row_without_a_slot_leaves_no_trace():
@@ -224,6 +225,7 @@ CHANGES = {
     "feed_forward_dim": 16,
     "num_layers": 3,
     "vocabulary_size": 65,
+    "query_pre_attention_scalar": 18.0,
 }
 # What a config says beside the mathematics: which stops are usual, and how long it was trained.
 NOT_MATHEMATICS = {"family", "context_tokens"}
@@ -243,8 +245,8 @@ def test_every_field_of_the_config_is_tried():
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_of_the_config_changes_the_logits(field):
     changed = dataclasses.replace(BASE, **{field: CHANGES[field]})
-    original = logits_of(BASE, GemmaBackbone(BASE, seed=3))
-    other = logits_of(changed, GemmaBackbone(changed, seed=3))
+    original = logits_of(BASE, Backbone(BASE, seed=3))
+    other = logits_of(changed, Backbone(changed, seed=3))
     same_shape = original.shape == other.shape
     assert not (same_shape and np.allclose(original, other, atol=1e-6))
 
@@ -261,6 +263,7 @@ def test_every_field_of_the_config_changes_the_logits(field):
         ("final_soft_cap", float("inf")),
         ("sliding_window_tokens", -1),
         ("hidden_dim", True),
+        ("query_pre_attention_scalar", 0.0),
     ],
 )
 def test_a_config_out_of_range_is_refused_by_name(field, value):

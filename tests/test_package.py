@@ -1,7 +1,9 @@
 """What is installed, and what our own code must not do: lock files, package data, banned calls."""
 
 import ast
+import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -23,11 +25,15 @@ FLOORS = {
 }
 # Of packages that only tests use: in the development lock, and not in the other one.
 DEVELOPMENT_FLOORS = {"safetensors": "0.8.0"}
-# They parse what strangers send, load code, or fetch files; nothing here needs them.
+# They parse what strangers send, or load code; nothing here needs them. (kagglehub and
+# huggingface-hub are needed for downloads; an import contract confines them to a process of their
+# own.)
 ABSENT = (
-    *("cloudpickle", "dill", "huggingface-hub", "jinja2", "joblib", "kagglehub", "keras-hub"),
-    *("python-multipart", "tensorflow", "torch", "transformers"),
+    *("cloudpickle", "dill", "jinja2", "joblib", "keras-hub", "python-multipart", "tensorflow"),
+    *("torch", "transformers"),
 )
+# Released together with the package that is named, as one.
+PARTS = {"jaxlib": "jax", "pydantic-core": "pydantic"}
 
 
 # --- lock files -------------------------------------------------------------------------------
@@ -120,6 +126,23 @@ def test_a_lock_file_meets_every_requirement_of_the_project(lock, groups):
         assert all(requirement.specifier.contains(pin) for pin in pins), str(requirement)
 
 
+def test_every_library_that_the_code_imports_is_a_declared_dependency():
+    project = PYPROJECT["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
+    declared = {Requirement(line).name for line in lines}
+    providers = importlib.metadata.packages_distributions()
+    imported = {
+        name.partition(".")[0]
+        for package in ("model", "service")
+        for path in (ROOT / package).rglob("*.py")
+        for name in imports(path.read_text())
+    } - {"model", "service", *sys.stdlib_module_names}
+    found = {providers[name][0].replace("_", "-").lower() for name in imported}
+
+    assert {"jax", "kagglehub"} < found
+    assert {PARTS.get(name, name) for name in found} - declared == set()
+
+
 # --- package ----------------------------------------------------------------------------------
 
 
@@ -150,6 +173,18 @@ _BANNED_MODULES = {
     *("_pickle", "imp", "code", "torch"),
 }
 _BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def imports(source: str) -> list[str]:
+    """Modules that are imported by their whole name, wherever in the file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found += [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module)):
+                found.append(module)
+    return found
 
 
 def banned(source: str) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 
 from model.config import Family
 from model.errors import PresetNotFound
-from model.gemma.weights import num_parameters
 from model.presets.table import BUILTIN_PRESETS, builtin, memory_bytes
+from model.weight_names import num_parameters
 
 # Name, last part of the handle, parameters: from the presets' pages, not from the table.
 PUBLISHED = """

@@ -82,6 +82,7 @@ EVENTS: list[Event] = [
             hidden_dim=640,
             buckets={"decode_rows": [2, 4, 8]},
             programs=("decode[2]",),
+            has_tokenizer=False,
         ),
         num_compilations=24,
     ),

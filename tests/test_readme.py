@@ -9,6 +9,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -148,6 +150,28 @@ def test_the_help_lists_every_option_of_the_settings_page(served):
     assert all(option in shown for option in options)
 
 
+def test_a_preset_is_listed_fetched_and_exported(cache_dir):
+    with tempfile.TemporaryDirectory() as home:
+        said = subprocess.run(
+            ["bash", "-euc", command_with("gemma-service fetch")],
+            cwd=ROOT,
+            env={**os.environ, "HOME": home, "GEMMA_CACHE_DIR": str(cache_dir)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        ).stdout
+        exported = Path(home, "gemma3_270m")
+        weights = (exported / "model.safetensors").stat().st_size
+        assert f"{exported}: 4 files" in said
+    assert re.search(r"^gemma_2b_en +2\.51 B ", said, re.MULTILINE)
+    assert re.search(
+        r"^gemma3_270m (was here already|is here now), ready to be", said, re.MULTILINE
+    )
+    # In bfloat16, after a header.
+    assert WEIGHTS_BYTES / 2 < weights < WEIGHTS_BYTES / 2 + 100_000
+
+
 def test_no_command_of_the_readme_is_left_out():
     tested = ["make serve\n"] + [
         command_with(text)
@@ -156,7 +180,25 @@ def test_no_command_of_the_readme_is_left_out():
             "Once upon a time",
             "Water boils",
             "/info",
+            "gemma-service fetch",
             "--help",
         )
     ]
     assert tested == COMMANDS
+
+
+def test_the_python_of_the_readme_runs(cache_dir, tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "readme.py").write_text(code)
+    environment = {**os.environ, "GEMMA_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "readme.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert done.stdout.startswith("The capital of France is")
+    assert len(done.stdout.split()) > 8

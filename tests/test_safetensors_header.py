@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from model.errors import PresetFileInvalid
-from model.gemma.weights import WeightSpec
 from model.presets.safetensors_header import check_safetensors
+from model.weight_names import WeightSpec
 
 SPECS = [WeightSpec("a", (2, 3)), WeightSpec("b", (4,))]
 GOOD = {

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.gemma import kv_cache, masks
-from model.gemma.kv_cache import BLOCK_TOKENS, LayerCache
+from model.gemma.kv_cache import LayerCache
+from model.slot_memory import BLOCK_TOKENS
 
 # What keras-hub puts where a key is hidden before the softmax (spec 1.5).
 _MASKED_LOGIT = -1e9

@@ -1,75 +1,34 @@
 """The Keras model that owns the weights.
 
-Layers here hold variables, in run-time shapes and under Keras' names; the mathematics is in
-`model.gemma.forward`, which takes the arrays that `GemmaBackbone.gemma_weights` collects. So a
-Keras user has a `keras.Model` to summarise, train and save, and the engine has plain arrays.
+A functional Keras model over the layers of `model.gemma.layers`, so a Keras user has something to
+summarise, train, cut and save. The mathematics is in `model.gemma.forward` and `model.gemma.block`,
+which take the arrays that `Backbone.gemma_weights` collects; so the engine has plain arrays.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import keras
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
-from model.config import GemmaConfig
-from model.gemma import weights as names
-from model.gemma.forward import forward
-from model.gemma.keras_lora import DEFAULT_TARGETS, LoraShapes, lora_shapes, merged_kernel
-from model.gemma.weights import GemmaWeights
-
-Constructor = TypeVar("Constructor", bound=Callable[..., None])
-
-
-def no_type_check(constructor: Constructor) -> Constructor:
-    """Leaves a Keras constructor as it is: jaxtyping's import hook goes by this decorator's name.
-
-    Keras inspects a constructor's first argument, which the wrapper of the hook would hide.
-    `typing.no_type_check` would do, but takes the signature away from mypy as well.
-    """
-    return constructor
-
-
-class Weight(keras.layers.Layer):
-    """One variable under a layer name of its own, as Keras' Dense and RMSNormalization have it.
-
-    A kernel may get LoRA: two more variables, float32 whatever the policy, whose product is added.
-    """
-
-    @no_type_check
-    def __init__(
-        self, shape: tuple[int, ...], initializer: Any, *, variable: str, name: str, dtype: Any
-    ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        self.variable = self.add_weight(shape=shape, initializer=initializer, name=variable)
-        self.lora_target: str | None = None
-        self.built = True
-
-    @property
-    def value(self) -> Array:
-        """The array that acts: the variable's, and what LoRA adds to it."""
-        value: Array = self.variable.value
-        if self.lora_target is None:
-            return value
-        a, b = self.lora_kernel_a.value, self.lora_kernel_b.value
-        return merged_kernel(self.lora_target, value, a, b)
-
-    def enable_lora(self, target: str, shapes: LoraShapes) -> None:
-        """Freezes the kernel and adds A (He uniform) and B (zeros), both trainable."""
-        self._tracker.unlock()
-        self.lora_kernel_a = self.add_weight(
-            shape=shapes.a, initializer="he_uniform", dtype="float32", name="lora_kernel_a"
-        )
-        self.lora_kernel_b = self.add_weight(
-            shape=shapes.b, initializer="zeros", dtype="float32", name="lora_kernel_b"
-        )
-        self._tracker.lock()
-        self.trainable = True
-        self.variable.trainable = False
-        self.lora_target = target
+from model import weight_names as names
+from model.config import Family, GemmaConfig
+from model.gemma.keras_lora import DEFAULT_TARGETS, lora_shapes
+from model.gemma.layers import (
+    DecoderBlock,
+    FinalNorm,
+    MakeInitializer,
+    ScaleEmbeddings,
+    TokenEmbedding,
+    Weight,
+    no_type_check,
+)
+from model.gemma.random_weights import random_initializer
+from model.gemma.weights import GemmaWeights, assemble
+from model.weight_names import WeightSpec
 
 
-class GemmaBackbone(keras.Model):
+class Backbone(keras.Model):
     """Token ids in, hidden states after the final norm out.
 
     Takes ``{"token_ids": int [B, L], "padding_mask": bool or int [B, L]}`` and returns [B, L, D] in
@@ -78,10 +37,11 @@ class GemmaBackbone(keras.Model):
     Args:
         config: Architecture.
         arrays: Name -> array for every weight, in run-time shape. Without it the weights are
-            random, as a fresh keras-hub model has them (spec 1.1), but with a seed of its own for
-            each.
-        dtype: Keras dtype policy.
+            random.
+        dtype: Keras dtype policy, its name or its config; Keras' global policy if left out.
         seed: Of random weights.
+        name: Of the model.
+        trainable: Whether its weights are.
     """
 
     @no_type_check
@@ -90,35 +50,65 @@ class GemmaBackbone(keras.Model):
         config: GemmaConfig,
         arrays: Mapping[str, Array] | None = None,
         *,
-        dtype: str = "float32",
+        dtype: Any = None,
         seed: int = 0,
+        name: str | None = None,
+        trainable: bool = True,
     ) -> None:
-        super().__init__(name="gemma_backbone", dtype=dtype)
+        policy = keras.dtype_policies.get(dtype)
+        specs = {spec.name: spec for spec in names.weight_specs(config)}
+        initializer = _initializers(specs, arrays, seed)
+
+        token_embedding = TokenEmbedding(
+            specs[names.EMBEDDINGS],
+            initializer(names.EMBEDDINGS),
+            final_soft_cap=config.final_soft_cap,
+            dtype=policy,
+        )
+        blocks = [
+            DecoderBlock(config, layer, _specs_of(config, specs, layer), initializer, dtype=policy)
+            for layer in range(config.num_layers)
+        ]
+        final_norm = FinalNorm(
+            specs[names.FINAL_NORM],
+            initializer(names.FINAL_NORM),
+            epsilon=config.final_norm_epsilon,
+            dtype=policy,
+        )
+        inputs = {
+            key: keras.Input(shape=(None,), dtype="int32", name=key)
+            for key in ("token_ids", "padding_mask")
+        }
+        x = ScaleEmbeddings(name="scale_embeddings")(token_embedding(inputs["token_ids"]))
+        for decoder_block in blocks:
+            x = decoder_block(x, inputs["padding_mask"])
+        super().__init__(
+            inputs=inputs,
+            outputs=final_norm(x),
+            name=name or f"{_stem(config)}_backbone",
+            trainable=trainable,
+        )
+        self.dtype_policy = policy
         self.config = config
-        self._holders: list[tuple[str, Weight]] = []
-        for index, spec in enumerate(names.weight_specs(config)):
-            layer_name, _, variable = spec.name.rpartition("/")
-            initializer = (
-                _random_initializer(spec, seed + index)
-                if arrays is None
-                else _given(arrays[spec.name])
-            )
-            holder = Weight(
-                spec.shape,
-                initializer,
-                variable=variable,
-                name=layer_name.replace("/", "__"),
-                dtype=self.dtype_policy,
-            )
-            self._holders.append((spec.name, holder))
-        # Keras finds layers in a list of them, not in pairs.
-        self.holders = [holder for _, holder in self._holders]
-        self.built = True
+        self.token_embedding = token_embedding
+        self.transformer_layers = blocks
+        self.layer_norm = final_norm
+
+    @property
+    def holders(self) -> dict[str, Weight]:
+        """Name -> layer of every weight, in the order of `weight_specs`."""
+        held = {self.token_embedding.weight_name: self.token_embedding}
+        for decoder_block in self.transformer_layers:
+            for field in decoder_block.fields:
+                weight = getattr(decoder_block, field)
+                held[weight.weight_name] = weight
+        held[self.layer_norm.weight_name] = self.layer_norm
+        return held
 
     @property
     def gemma_weights(self) -> GemmaWeights:
-        """The arrays that the variables hold now; tracers inside a Keras training step."""
-        return names.assemble(self.config, {name: holder.value for name, holder in self._holders})
+        """The arrays that act now, in the compute dtype."""
+        return assemble(self.config, {name: holder.value for name, holder in self.holders.items()})
 
     def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
         """Trains low-rank additions to some projections of every block, and nothing else.
@@ -136,28 +126,48 @@ class GemmaBackbone(keras.Model):
         shapes = {target: lora_shapes(self.config, target, rank) for target in targets}
         if self.lora_layers:
             raise ValueError("LoRA is already enabled; load the base weights anew to change it.")
-        names_of_kernels = {
+        targets_of_kernels = {
             names.block_weight_name(layer, target): target
             for layer in range(self.config.num_layers)
             for target in targets
         }
-        for name, holder in self._holders:
+        self.trainable = True
+        for name, holder in self.holders.items():
             holder.trainable = False
-            if target := names_of_kernels.get(name):
+            if target := targets_of_kernels.get(name):
                 holder.enable_lora(target, shapes[target])
 
     @property
     def lora_layers(self) -> dict[str, Weight]:
         """Name of a kernel -> its layer, for the kernels that have LoRA."""
-        return {name: holder for name, holder in self._holders if holder.lora_target is not None}
+        return {
+            name: holder for name, holder in self.holders.items() if holder.lora_target is not None
+        }
 
-    def call(
-        self, inputs: Mapping[str, Array], training: bool = False
-    ) -> Float[Array, "batch seq width"]:
-        """Hidden states after the final norm."""
-        token_ids: Int[Array, "batch seq"] = jnp.asarray(inputs["token_ids"], jnp.int32)
-        padding_mask: Bool[Array, "batch seq"] = jnp.asarray(inputs["padding_mask"]).astype(bool)
-        return forward(self.config, self.gemma_weights, token_ids, padding_mask).hidden
+
+def _stem(config: GemmaConfig) -> str:
+    return "gemma3" if config.family is Family.GEMMA3 else "gemma"
+
+
+def _specs_of(
+    config: GemmaConfig, specs: Mapping[str, WeightSpec], layer: int
+) -> dict[str, WeightSpec]:
+    fields = names.block_weight_shapes(config)
+    return {field: specs[names.block_weight_name(layer, field)] for field in fields}
+
+
+def _initializers(
+    specs: Mapping[str, WeightSpec], arrays: Mapping[str, Array] | None, seed: int
+) -> MakeInitializer:
+    """Name of a weight -> what gives its first value."""
+    places = {name: index for index, name in enumerate(specs)}
+
+    def initializer(name: str) -> Any:
+        if arrays is None:
+            return random_initializer(specs[name], seed, places[name])
+        return _given(arrays[name])
+
+    return initializer
 
 
 def _given(array: Array) -> Any:
@@ -165,16 +175,6 @@ def _given(array: Array) -> Any:
 
     def initialize(shape: tuple[int, ...], dtype: Any = None) -> Array:
         assert tuple(array.shape) == tuple(shape), f"{array.shape} is not {shape}"
-        return jnp.asarray(array, dtype)
+        return array.astype(dtype)
 
     return initialize
-
-
-def _random_initializer(spec: names.WeightSpec, seed: int) -> Any:
-    if len(spec.shape) == 1:
-        return "zeros"
-    if spec.name == names.EMBEDDINGS:
-        return keras.initializers.RandomNormal(stddev=spec.shape[0] ** -0.5, seed=seed)
-    fan_out, fan_in = spec.shape
-    limit = (6.0 / (fan_in + fan_out)) ** 0.5
-    return keras.initializers.RandomUniform(-limit, limit, seed=seed)

@@ -47,16 +47,22 @@ class SlotRows(NamedTuple):
 
 def layer_traits(config: GemmaConfig) -> list[LayerTraits]:
     """The traits of every layer, in order."""
-    local = inverse_frequencies(config.head_dim, theta=LOCAL_ROPE_THETA)
-    global_ = inverse_frequencies(
-        config.head_dim, theta=config.global_rope_theta, scale=config.global_rope_scale
+    return [traits_of_layer(config, layer) for layer in range(config.num_layers)]
+
+
+def traits_of_layer(config: GemmaConfig, layer: int) -> LayerTraits:
+    """The traits of one layer."""
+    if config.is_local(layer):
+        return LayerTraits(
+            inverse_frequencies(config.head_dim, theta=LOCAL_ROPE_THETA),
+            jnp.int32(config.sliding_window_tokens or masks.UNLIMITED_WINDOW_TOKENS),
+        )
+    return LayerTraits(
+        inverse_frequencies(
+            config.head_dim, theta=config.global_rope_theta, scale=config.global_rope_scale
+        ),
+        jnp.int32(masks.UNLIMITED_WINDOW_TOKENS),
     )
-    unlimited = jnp.int32(masks.UNLIMITED_WINDOW_TOKENS)
-    window = jnp.int32(config.sliding_window_tokens or masks.UNLIMITED_WINDOW_TOKENS)
-    return [
-        LayerTraits(local, window) if config.is_local(layer) else LayerTraits(global_, unlimited)
-        for layer in range(config.num_layers)
-    ]
 
 
 def block(

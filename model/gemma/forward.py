@@ -70,15 +70,16 @@ def head(
 
     With ``num_rows`` only that many rows are real; see `model.gemma.padded_rows`.
     """
-    return _unembed(config, weights, final_hidden(config, weights, x), num_rows)
+    return unembed(config, weights, final_hidden(config, weights, x), num_rows)
 
 
-def _unembed(
+def unembed(
     config: GemmaConfig,
     weights: GemmaWeights,
     hidden: Float[Array, "batch seq width"],
     num_rows: int | None = None,
 ) -> Float[Array, "batch seq vocab"]:
+    """Logits from the hidden states after the final norm."""
     logits = projection(hidden, weights.embeddings, num_rows=num_rows)
     return soft_cap(logits, config.final_soft_cap)
 
@@ -123,7 +124,7 @@ def forward(
             intervene=None if intercept is None else _at_layer(intercept, layer),
         )
     hidden = final_hidden(config, weights, x)
-    return ForwardPass(_unembed(config, weights, hidden), hidden)
+    return ForwardPass(unembed(config, weights, hidden), hidden)
 
 
 def _at_layer(intercept: Intercept, layer: int) -> Intervention:

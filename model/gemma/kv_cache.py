@@ -17,10 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.config import GemmaConfig
-
-# Attention walks the keys in blocks of this many, and prefill chunks start at multiples of it.
-# Changing it changes the last bits of every answer.
-BLOCK_TOKENS = 256
+from model.slot_memory import BLOCK_TOKENS, num_cache_positions
 
 
 class LayerCache(NamedTuple):
@@ -33,15 +30,6 @@ class LayerCache(NamedTuple):
     def num_positions(self) -> int:
         """Positions that the layer can hold at once."""
         return self.keys.shape[2]
-
-
-def num_cache_positions(config: GemmaConfig, layer: int, context_tokens: int) -> int:
-    """S of one layer: the context, or for a local layer its window and one chunk, in blocks."""
-    needed = context_tokens
-    if config.is_local(layer):
-        assert config.sliding_window_tokens is not None, "a local layer has a window"
-        needed = min(needed, config.sliding_window_tokens + BLOCK_TOKENS)
-    return -(-needed // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def allocate(

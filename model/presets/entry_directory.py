@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,57 @@ def locked(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+class EntryHold:
+    """Keeps an entry from being evicted by anyone until this is closed or forgotten."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.close = weakref.finalize(self, os.close, descriptor)
+
+
+def hold(entry: Path) -> EntryHold | None:
+    """A hold on ``entry``, or None if it is not there or is being evicted.
+
+    Raises:
+        NotADirectoryError: Something else is in its place.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(entry, flags)
+    except FileNotFoundError:
+        return None
+    held = EntryHold(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        return None
+    except OSError:
+        pass  # Some network file systems cannot lock directories; there nobody evicts either.
+    # It may have been evicted between the two calls; then the hold is on a nameless directory.
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(entry)):
+            return held
+    held.close()
+    return None
+
+
+def evict(entry: Path) -> bool:
+    """Removes ``entry`` unless someone holds it or nobody could tell; says whether it did."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(entry, flags)
+    except OSError:  # not a directory, so no entry
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        discard(entry)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 @contextlib.contextmanager
 def staging_directory(root: Path) -> Iterator[Path]:
     """An empty private directory in ``root``, removed at the end unless it was installed.
@@ -49,7 +101,7 @@ def staging_directory(root: Path) -> Iterator[Path]:
     process that is killed again and again does not fill the disk.
     """
     with locked(root):
-        _remove_orphans(root)
+        remove_orphans(root)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=root))
         descriptor = os.open(staging, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         # Some network file systems cannot lock directories; there nobody removes orphans either.
@@ -81,7 +133,8 @@ def discard(entry: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _remove_orphans(root: Path) -> None:
+def remove_orphans(root: Path) -> None:
+    """Removes what processes that were killed left behind. ``root`` must be locked."""
     for path in root.glob(f"{_STAGING_PREFIX}*"):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)

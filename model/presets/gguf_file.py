@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from model.config import LOCAL_ROPE_THETA, Family, GemmaConfig
 from model.errors import PresetFileInvalid, UnsupportedPreset
-from model.gemma.weights import EMBEDDINGS, FINAL_NORM, block_weight_name, weight_specs
 from model.presets.gguf_header import GgufHeader, GgufTensor, open_gguf, read_header
 from model.presets.gguf_tokenizer import sentencepiece_proto
+from model.weight_names import EMBEDDINGS, FINAL_NORM, block_weight_name, weight_specs
 
 # Bytes of the file decoded at once; the decoder needs some ten times as much meanwhile.
 _CHUNK_BYTES = 4 << 20

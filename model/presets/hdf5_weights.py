@@ -3,7 +3,8 @@
 HDF5 can point anywhere: links, external storage and virtual datasets read other files of this
 machine, filters load plug-ins, and a dataset may declare a terabyte and store nothing. So every
 file is walked first, without following or reading anything, and must hold exactly the datasets
-that the config implies, plain and stored in full. Only then are they read.
+that the config implies, plain and stored in full. Only then are they read. Integers are divided by
+their scales, as Keras defines it.
 
 What this cannot exclude is a fault in the HDF5 library itself; the caller limits time and memory.
 """
@@ -11,11 +12,12 @@ What this cannot exclude is a fault in the HDF5 library itself; the caller limit
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import h5py
 import ml_dtypes
@@ -33,7 +35,11 @@ _MAX_DEPTH = 8
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 _BFLOAT16_STORAGE = np.dtype("V2")
-_STORED_DTYPES = (np.dtype("<f4"), np.dtype("<f2"), _BFLOAT16_STORAGE)
+_INT8 = np.dtype("i1")
+_FLOATS = (np.dtype("<f4"), np.dtype("<f2"), _BFLOAT16_STORAGE)
+# 128 divided by it is still a number. Keras' scales are 127 / (the largest weight + 1e-7).
+_SMALLEST_SCALE = 1e-36
+_TYPE_CLASSES = (h5py.h5t.FLOAT, h5py.h5t.INTEGER, h5py.h5t.OPAQUE)
 
 # What h5py raises when a file is truncated or its bytes make no sense, by experience.
 _HDF5_ERRORS = (
@@ -57,7 +63,10 @@ class _Found:
 
 
 def read_hdf5_arrays(
-    directory: Path, file_names: Sequence[str], config: GemmaConfig
+    directory: Path,
+    file_names: Sequence[str],
+    config: GemmaConfig,
+    int8_weights: AbstractSet[str] = frozenset(),
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Name and run-time array of every weight, in the order of `weight_specs`.
 
@@ -65,6 +74,7 @@ def read_hdf5_arrays(
         directory: The preset.
         file_names: One weights file, or all shards. Each weight must be in exactly one of them.
         config: Decides which datasets must be there.
+        int8_weights: Names of the weights that are integers with scales; the others are floats.
 
     Raises:
         PresetFileMissing: A file is not there.
@@ -84,10 +94,10 @@ def read_hdf5_arrays(
                         f"{path}: dataset {name} is also in {found[name].file.name}."
                     )
                 found[name] = _Found(path, dataset)
-        datasets = list(keras_datasets(config))
-        _check_names_and_shapes(directory / file_names[0], found, datasets)
+        datasets = list(keras_datasets(config, int8_weights))
+        _check_fits_config(directory / file_names[0], found, datasets)
         for expected in datasets:
-            yield expected.name, to_run_time(expected, _read(expected, found[expected.path]))
+            yield expected.name, to_run_time(expected, _read_weight(expected, found))
 
 
 def _preflight(
@@ -176,8 +186,8 @@ def _what_is_odd(dataset: h5py.Dataset, source_bytes: int) -> str | None:
         return "is not stored in one piece"
     # HDF5's own type class first: h5py's dtype of an odd type can be costly or fail.
     type_class = dataset.id.get_type().get_class()
-    if type_class not in (h5py.h5t.FLOAT, h5py.h5t.OPAQUE) or dataset.dtype not in _STORED_DTYPES:
-        return f"has type {dataset.dtype!s:.40}; only float32, float16 and bfloat16 are read"
+    if type_class not in _TYPE_CLASSES or dataset.dtype not in (*_FLOATS, _INT8):
+        return f"has type {dataset.dtype!s:.40}; only float32, float16, bfloat16 and int8 are read"
     if dataset.shape is None:
         return "is empty"
     attributes = _attribute_names(dataset)
@@ -210,32 +220,58 @@ def _short_text_attribute(dataset: h5py.Dataset, name: str) -> str | None:
     return text.decode() if isinstance(text, bytes) else str(text)
 
 
-def _check_names_and_shapes(
+def _check_fits_config(
     first_file: Path, found: dict[str, _Found], datasets: Sequence[KerasDataset]
 ) -> None:
-    expected_paths = {dataset.path for dataset in datasets}
-    for name in sorted(found.keys() - expected_paths):
+    """Names, shapes and kinds of numbers are those that config.json implies, and no others."""
+    shapes = {dataset.path: dataset.shape for dataset in datasets}
+    shapes |= {dataset.scale_path: dataset.scale_shape for dataset in datasets if dataset.is_int8}
+    int8_paths = {dataset.path for dataset in datasets if dataset.is_int8}
+    for name in sorted(found.keys() - shapes.keys()):
         raise PresetFileInvalid(
             f"{found[name].file}: dataset {name} does not belong to the model in config.json."
         )
-    for expected in datasets:
-        if expected.path not in found:
-            raise PresetFileInvalid(f"{first_file}: dataset {expected.path} is missing.")
-        shape = found[expected.path].dataset.shape
-        if shape != expected.shape:
+    for path, shape in shapes.items():
+        if path not in found:
+            raise PresetFileInvalid(f"{first_file}: dataset {path} is missing.")
+        dataset = found[path].dataset
+        if dataset.shape != shape:
             raise PresetFileInvalid(
-                f"{found[expected.path].file}: dataset {expected.path} has shape {shape}, "
-                f"config.json implies {expected.shape}."
+                f"{found[path].file}: dataset {path} has shape {dataset.shape}, config.json "
+                f"implies {shape}."
+            )
+        if (dataset.dtype == _INT8) != (path in int8_paths):
+            kinds = ("int8", "floats") if dataset.dtype == _INT8 else ("floats", "int8")
+            raise PresetFileInvalid(
+                f"{found[path].file}: dataset {path} has {kinds[0]}, the dtype in config.json "
+                f"implies {kinds[1]}."
             )
 
 
-def _read(expected: KerasDataset, found: _Found) -> NDArray[np.float32]:
-    with _naming(found.file, expected.path):
-        stored = np.empty(expected.shape, dtype=found.dataset.dtype)
+def _read_weight(expected: KerasDataset, found: dict[str, _Found]) -> NDArray[np.float32]:
+    stored = _read(expected.path, found[expected.path])
+    if not expected.is_int8:
+        return np.ascontiguousarray(stored, dtype=np.float32)
+    place = found[expected.scale_path]
+    scales = _read(expected.scale_path, place).astype(np.float32)
+    # So large that they are no numbers any more, or so small that their quotients are none.
+    if not (np.isfinite(scales).all() and (scales > _SMALLEST_SCALE).all()):
+        raise PresetFileInvalid(
+            f"{place.file}: dataset {expected.scale_path} has a scale that is not a positive "
+            "number of sensible size."
+        )
+    weight: NDArray[np.float32] = np.divide(
+        stored, scales.reshape(expected.divisor_shape), dtype=np.float32
+    )
+    return weight
+
+
+def _read(path: str, found: _Found) -> NDArray[Any]:
+    """The numbers of a dataset in their own type."""
+    with _naming(found.file, path):
+        stored = np.empty(found.dataset.shape, dtype=found.dataset.dtype)
         found.dataset.read_direct(stored)
-    if stored.dtype == _BFLOAT16_STORAGE:
-        stored = stored.view(ml_dtypes.bfloat16)
-    return np.ascontiguousarray(stored, dtype=np.float32)
+    return stored.view(ml_dtypes.bfloat16) if stored.dtype == _BFLOAT16_STORAGE else stored
 
 
 @contextmanager

@@ -47,6 +47,11 @@ _WITHOUT_EFFECT = {
     *("text_config", "_sliding_window_pattern"),
 }
 
+_VISION = (
+    "vision_config is set and only text models are served. Use the text variant of the same size "
+    "from Kaggle, such as gemma3_4b_text or gemma3_instruct_4b_text."
+)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -78,7 +83,8 @@ def read_config(path: Path) -> GemmaConfig:
         model_type = values.text("model_type")
         if model_type not in _FAMILIES:
             raise UnsupportedPreset(
-                f"model_type is {model_type!r:.60}; only {', '.join(_FAMILIES)} are served."
+                f"model_type is {model_type!r:.60}; only {', '.join(_FAMILIES)} are served. Use a "
+                "text model of one of these families, such as gemma-3-1b-it."
             )
         if model_type == "gemma3":
             values = _text_values(values, document)
@@ -147,10 +153,7 @@ class _Values:
 
 def _text_values(values: _Values, document: Mapping[str, object]) -> _Values:
     if values.get("vision_config") is not None:
-        raise UnsupportedPreset(
-            "vision_config is set and only text models are served. Use a text model such as "
-            "gemma-3-1b, or export the language model alone (Gemma3ForCausalLM)."
-        )
+        raise UnsupportedPreset(_VISION)
     _refuse_unservable(values)
     nested = document.get("text_config")
     if not isinstance(nested, dict):
@@ -175,11 +178,9 @@ def _read(values: _Values, family: Family) -> GemmaConfig:
     # Early files of Gemma 1 say "gelu" and mean the approximation by tanh; transformers knows.
     values.refuse_unless("hidden_act", "gelu_pytorch_tanh", "gelu")
     if values.get("vision_config") is not None:
-        raise UnsupportedPreset("vision_config is set and only text models are served.")
+        raise UnsupportedPreset(_VISION)
     head_dim = values.integer("head_dim", 256)
     num_layers = values.integer("num_hidden_layers")
-    if family is not Family.GEMMA:
-        _check_query_scale(values, head_dim)
     theta, scale = _global_rope(values, family)
     has_windows = _has_windows(values, family, num_layers)
     epsilon = values.number("rms_norm_eps", 1e-6)
@@ -207,6 +208,7 @@ def _read(values: _Values, family: Family) -> GemmaConfig:
         norm_epsilon=epsilon,
         final_norm_epsilon=epsilon,
         context_tokens=values.integer("max_position_embeddings", _CONTEXT_TOKENS[family]),
+        query_pre_attention_scalar=_query_scalar(values, family, head_dim),
     )
 
 
@@ -221,13 +223,12 @@ def _soft_caps(values: _Values, family: Family) -> tuple[float | None, float | N
     )
 
 
-def _check_query_scale(values: _Values, head_dim: int) -> None:
+def _query_scalar(values: _Values, family: Family, head_dim: int) -> float | None:
+    """What queries are scaled by instead of head_dim, if it is something else."""
+    if family is Family.GEMMA:
+        return None
     scalar = values.number("query_pre_attn_scalar", 256.0)
-    if scalar != head_dim:
-        raise UnsupportedPreset(
-            f"query_pre_attn_scalar is {scalar:g} and head_dim is {head_dim}; only models that "
-            "scale queries by their head_dim are served."
-        )
+    return None if scalar == head_dim else scalar
 
 
 def _layer_period(values: _Values, family: Family) -> int:

@@ -1,7 +1,8 @@
 """A Hugging Face directory of a Gemma 1, Gemma 2 or Gemma 3 text model.
 
 Used are config.json, the weights (model.safetensors, or model.safetensors.index.json and the
-shards that it names) and tokenizer.model.
+shards that it names) and tokenizer.model. A directory without any file of a tokenizer holds a
+backbone alone.
 """
 
 import re
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from model.config import GemmaConfig
 from model.errors import PresetFileInvalid, PresetFileMissing, PresetNotFound
-from model.gemma.weights import WeightSpec, weight_specs
 from model.presets.hf_config import CONFIG_NAME, read_config
 from model.presets.hf_layout import EMBEDDINGS_TENSOR, HEAD_BY_PREFIX, find_prefix, tensor_names
 from model.presets.preset_directory import read_tokenizer, shard_names
@@ -31,10 +31,19 @@ from model.presets.safetensors_header import (
     check_tensors,
     read_header,
 )
+from model.weight_names import WeightSpec, weight_specs
 
 TOKENIZER = "tokenizer.model"
 WEIGHTS = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
+# Any of these says that the model was saved with a tokenizer.
+_TOKENIZER_TRACES = {
+    TOKENIZER,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\.safetensors")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -42,11 +51,19 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class HuggingFacePreset:
-    """A `PresetReader` of a Hugging Face directory. Make one with `open`."""
+    """A `PresetReader` of a Hugging Face directory. Make one with `open`.
+
+    Attributes:
+        directory: Without links in its path.
+        config: The architecture.
+        weight_files: One, or all shards.
+        has_tokenizer: False for a backbone alone.
+    """
 
     directory: Path
     config: GemmaConfig
     weight_files: tuple[str, ...]
+    has_tokenizer: bool
 
     @classmethod
     def open(cls, directory: Path) -> "HuggingFacePreset":
@@ -62,18 +79,23 @@ class HuggingFacePreset:
             raise PresetNotFound(f"{directory} is not a directory.")
         directory = directory.resolve()
         config = read_config(directory / CONFIG_NAME)
-        weight_files = _find_weight_files(directory)
-        for name in (*weight_files, TOKENIZER):
+        weight_files = find_weight_files(directory)
+        names = {entry.name for entry in directory.iterdir()}
+        has_tokenizer = not names.isdisjoint(_TOKENIZER_TRACES)
+        for name in (*weight_files, TOKENIZER) if has_tokenizer else weight_files:
             require_regular_file(directory, name)
-        return cls(directory, config, weight_files)
+        return cls(directory, config, weight_files, has_tokenizer)
 
     @property
     def source_files(self) -> tuple[Path, ...]:
         """All files that decide the model or the tokenizer."""
-        return tuple(self.directory / name for name in (CONFIG_NAME, *self.weight_files, TOKENIZER))
+        names = (CONFIG_NAME, *self.weight_files, *((TOKENIZER,) if self.has_tokenizer else ()))
+        return tuple(self.directory / name for name in names)
 
-    def tokenizer_proto(self) -> bytes:
-        """The SentencePiece model, with as many pieces as the vocabulary has rows."""
+    def tokenizer_proto(self) -> bytes | None:
+        """The SentencePiece model, with as many pieces as the vocabulary has rows, if any."""
+        if not self.has_tokenizer:
+            return None
         return read_tokenizer(
             self.directory,
             TOKENIZER,
@@ -105,7 +127,8 @@ class HuggingFacePreset:
                 yield spec.name, _read(files[path], path, place, spec)
 
 
-def _find_weight_files(directory: Path) -> tuple[str, ...]:
+def find_weight_files(directory: Path) -> tuple[str, ...]:
+    """The one weights file, or the shards that the index names, whether they are there or not."""
     names = {entry.name for entry in directory.iterdir()}
     if WEIGHTS in names:
         return (WEIGHTS,)

@@ -1,4 +1,4 @@
-"""How Hugging Face names the arrays of `model.gemma.weights`.
+"""How Hugging Face names the arrays of `model.weight_names`.
 
 The shapes are ours already: kernels are ``[out, in]`` with heads folded into the rows, norm scales
 are the ``s`` of ``1 + s``, and both worlds pair the halves of a head for RoPE.
@@ -7,12 +7,7 @@ are the ``s`` of ``1 + s``, and both worlds pair the halves of a head for RoPE.
 from collections.abc import Iterable
 
 from model.config import Family, GemmaConfig
-from model.gemma.weights import (
-    EMBEDDINGS,
-    FINAL_NORM,
-    block_weight_name,
-    block_weight_shapes,
-)
+from model.weight_names import EMBEDDINGS, FINAL_NORM, block_weight_name, block_weight_shapes
 
 EMBEDDINGS_TENSOR = "embed_tokens.weight"
 _FINAL_NORM_TENSOR = "norm.weight"

@@ -17,13 +17,13 @@ import sentencepiece
 
 from model.config import LOCAL_ROPE_THETA, Family, GemmaConfig
 from model.errors import PresetFileInvalid
-from model.gemma.weights import weight_specs
 from model.presets.entry_directory import write_synced
 from model.presets.hf_config import CONFIG_NAME, GLOBAL, LOCAL, read_config
 from model.presets.hf_directory import SHARD_INDEX, TOKENIZER, WEIGHTS
 from model.presets.hf_layout import tensor_names
 from model.presets.safetensors_stream import TensorPlan, write_tensors
 from model.presets.written_preset import NamedArray, in_order, new_directory, refuse_if_lost
+from model.weight_names import weight_specs
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -141,7 +141,7 @@ def _config_json(config: GemmaConfig, special_ids: dict[str, int], dtype: str) -
     }
     if config.family is not Family.GEMMA:
         document |= {
-            "query_pre_attn_scalar": config.head_dim,
+            "query_pre_attn_scalar": config.query_pre_attention_scalar or config.head_dim,
             "final_logit_softcapping": config.final_soft_cap,
             "attn_logit_softcapping": config.attention_soft_cap,
             # A window that hides nothing where there is none: older versions want a number.

@@ -8,10 +8,12 @@ versions lack the newer keys.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from model.config import TRAINED_CONTEXT_TOKENS, Family, GemmaConfig
 from model.errors import PresetError, PresetFileInvalid, UnsupportedPreset
+from model.presets.keras_dtype import int8_weights
 from model.presets.regular_file import read_regular_file
 from model.presets.strict_json import parse_object
 
@@ -19,8 +21,6 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 _GEMMA = {"keras_hub>GemmaBackbone", "keras_nlp>GemmaBackbone"}
 _GEMMA3 = {"keras_hub>Gemma3Backbone"}
-
-_FLOAT_POLICIES = {"float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16"}
 
 # Constructor arguments that leave the output of a text model alone. Dropout acts in training only;
 # query_head_dim_normalize is stored and ignored in keras-hub too; an image size or an embedding
@@ -41,8 +41,30 @@ _WITHOUT_EFFECT = {
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """What a config.json says.
+
+    Attributes:
+        config: The architecture.
+        int8_weights: Names of the arrays that the weights file has as integers with scales.
+    """
+
+    config: GemmaConfig
+    int8_weights: frozenset[str]
+
+
 def read_config(path: Path) -> GemmaConfig:
     """The architecture that ``path``, the config.json of a Keras preset, describes.
+
+    Raises:
+        PresetError: As for `read_stored_model`.
+    """
+    return read_stored_model(path).config
+
+
+def read_stored_model(path: Path) -> StoredModel:
+    """The architecture that ``path`` describes, and how its weights are stored.
 
     A key that neither this reader nor keras-hub 0.32 knows is logged and ignored: refusing it
     would lock out every later version of keras-hub for a key that may mean nothing, and keeping
@@ -50,8 +72,8 @@ def read_config(path: Path) -> GemmaConfig:
 
     Raises:
         PresetFileInvalid: A value is missing, of the wrong kind or out of range.
-        UnsupportedPreset: Another architecture, a vision encoder, an embedding model, a quantised
-            dtype, or the config.json of a Hugging Face directory.
+        UnsupportedPreset: Another architecture, a vision encoder, an embedding model, a dtype
+            quantised otherwise than to int8, or the config.json of a Hugging Face directory.
     """
     document = parse_object(
         read_regular_file(path.parent, path.name, _MAX_CONFIG_BYTES), source=str(path)
@@ -68,17 +90,18 @@ def read_config(path: Path) -> GemmaConfig:
     if registered_name not in (*_GEMMA, *_GEMMA3):
         raise UnsupportedPreset(
             f"{path}: registered_name is {registered_name!r:.60}; only "
-            f"{', '.join(sorted(_GEMMA | _GEMMA3))} are served."
+            f"{', '.join(sorted(_GEMMA | _GEMMA3))} are served. Use a text preset of one of these, "
+            "such as gemma3_1b."
         )
     arguments = _Arguments(values)
     try:
-        _check_dtype(values.get("dtype"))
         config = _gemma(arguments) if registered_name in _GEMMA else _gemma3(arguments)
+        quantised = int8_weights(values.get("dtype"), config)
     except PresetError as error:
         raise type(error)(f"{path}: {error}") from error
     if unknown := arguments.unread_keys():
         _logger.warning("%s: ignored unknown keys %s", path, ", ".join(map(repr, unknown[:8])))
-    return config
+    return StoredModel(config, quantised)
 
 
 class _Arguments:
@@ -191,17 +214,4 @@ def _check_is_causal_text_model(arguments: _Arguments) -> None:
     if arguments.number("local_rope_scaling_factor", 1.0) != 1.0:
         raise UnsupportedPreset(
             "local_rope_scaling_factor must be 1: no published Gemma 3 scales its local layers."
-        )
-
-
-def _check_dtype(policy: object) -> None:
-    name = policy
-    if isinstance(policy, dict):
-        name, inner = policy.get("class_name"), policy.get("config")
-        if name in ("DTypePolicy", "FloatDTypePolicy") and isinstance(inner, dict):
-            name = inner.get("name")
-    if name is not None and (not isinstance(name, str) or name not in _FLOAT_POLICIES):
-        raise UnsupportedPreset(
-            f"dtype is {name!r:.60}: quantised weights are not read from Keras presets. Save the "
-            "preset with a float dtype such as bfloat16."
         )

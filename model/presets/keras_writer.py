@@ -9,18 +9,23 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import h5py
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from model.config import GemmaConfig
-from model.gemma.weights import EMBEDDINGS
 from model.presets.entry_directory import write_synced
 from model.presets.keras_config import read_config
-from model.presets.keras_json import backbone_name, preset_files
+from model.presets.keras_json import Preprocessing, backbone_name, preset_files
 from model.presets.keras_layout import KerasDataset, keras_datasets
 from model.presets.written_preset import NamedArray, in_order, new_directory, refuse_if_lost
+from model.weight_names import EMBEDDINGS
+
+FloatName = Literal["float32", "bfloat16"]
+_ITEM_BYTES: dict[FloatName, int] = {"float32": 4, "bfloat16": 2}
 
 _WEIGHTS = "model.weights.h5"
 _SHARD_INDEX = "model.weights.json"
@@ -49,19 +54,21 @@ def write_keras_preset(
     directory: Path,
     config: GemmaConfig,
     arrays: Iterable[NamedArray],
-    tokenizer_proto: bytes,
+    tokenizer_proto: bytes | None,
     *,
-    sequence_length: int = 1024,
+    preprocessing: Preprocessing | None = None,
+    dtype: FloatName = "float32",
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Writes ``directory``, which must not exist, whole or not at all. Weights are float32.
+    """Writes ``directory``, which must not exist, whole or not at all.
 
     Args:
         directory: What is made.
         config: The architecture.
         arrays: Name and array of every weight, in the order of `weight_specs`.
-        tokenizer_proto: The SentencePiece model.
-        sequence_length: To which keras-hub's preprocessor pads and truncates by default.
+        tokenizer_proto: The SentencePiece model; None writes a model without a tokenizer.
+        preprocessing: Of texts; keras-hub's defaults if left out.
+        dtype: Of the stored weights.
         max_shard_bytes: Of weights in one file. A larger model is split and gets an index; a
             larger array has a file of its own. None never splits.
 
@@ -70,31 +77,35 @@ def write_keras_preset(
         PresetError: The directory exists, or cannot be written.
     """
     with new_directory(directory) as staging:
-        for name, document in preset_files(config, sequence_length=sequence_length).items():
+        has_texts = tokenizer_proto is not None
+        packing = (preprocessing or Preprocessing()) if has_texts else None
+        for name, document in preset_files(config, dtype, packing).items():
             _write_json(staging / name, document)
         # A Keras preset does not state its context.
         read_back = read_config(staging / "config.json")
         refuse_if_lost(config, read_back, "A Keras preset", may_differ={"context_tokens"})
-        (staging / _TOKENIZER).parent.mkdir(parents=True)
-        write_synced(staging / _TOKENIZER, tokenizer_proto)
-        file_of = _plan(config, max_shard_bytes)
+        if tokenizer_proto is not None:
+            (staging / _TOKENIZER).parent.mkdir(parents=True)
+            write_synced(staging / _TOKENIZER, tokenizer_proto)
+        file_of = _plan(config, _ITEM_BYTES[dtype], max_shard_bytes)
         if len(set(file_of.values())) > 1:
-            _write_json(staging / _SHARD_INDEX, _index_json(config, file_of))
-        _write_weights(staging, config, arrays, file_of)
+            _write_json(staging / _SHARD_INDEX, _index_json(config, _ITEM_BYTES[dtype], file_of))
+        _write_weights(staging, config, arrays, dtype, file_of)
 
 
-def _plan(config: GemmaConfig, max_shard_bytes: int | None) -> dict[str, str]:
+def _plan(config: GemmaConfig, item_bytes: int, max_shard_bytes: int | None) -> dict[str, str]:
     """Path of each dataset -> its file, in the order in which Keras walks through a model."""
     datasets = [dataset for block in _blocks(config) for dataset in block]
-    if max_shard_bytes is None or sum(map(_num_bytes, datasets)) <= max_shard_bytes:
+    num_bytes = {dataset.path: item_bytes * _num_elements(dataset) for dataset in datasets}
+    if max_shard_bytes is None or sum(num_bytes.values()) <= max_shard_bytes:
         return {dataset.path: _WEIGHTS for dataset in datasets}
     file_of: dict[str, str] = {}
     shard, shard_bytes = 0, 0
     for dataset in datasets:
-        if shard_bytes and shard_bytes + _num_bytes(dataset) > max_shard_bytes:
+        if shard_bytes and shard_bytes + num_bytes[dataset.path] > max_shard_bytes:
             shard, shard_bytes = shard + 1, 0
         file_of[dataset.path] = f"model_{shard:05d}.weights.h5"
-        shard_bytes += _num_bytes(dataset)
+        shard_bytes += num_bytes[dataset.path]
     return file_of
 
 
@@ -108,18 +119,22 @@ def _top_group(dataset: KerasDataset) -> str:
     return "/".join(dataset.path.split("/", 2)[:2])
 
 
-def _num_bytes(dataset: KerasDataset) -> int:
-    return 4 * int(np.prod(dataset.shape, dtype=np.int64))
+def _num_elements(dataset: KerasDataset) -> int:
+    return int(np.prod(dataset.shape, dtype=np.int64))
 
 
-def _index_json(config: GemmaConfig, file_of: dict[str, str]) -> dict[str, object]:
-    total = sum(map(_num_bytes, keras_datasets(config)))
+def _index_json(config: GemmaConfig, item_bytes: int, file_of: dict[str, str]) -> dict[str, object]:
+    total = item_bytes * sum(map(_num_elements, keras_datasets(config)))
     places = {f"/{path.removesuffix('/0')}": name for path, name in file_of.items()}
     return {"metadata": {"total_size": float(total)}, "weight_map": places}
 
 
 def _write_weights(
-    directory: Path, config: GemmaConfig, arrays: Iterable[NamedArray], file_of: dict[str, str]
+    directory: Path,
+    config: GemmaConfig,
+    arrays: Iterable[NamedArray],
+    dtype: FloatName,
+    file_of: dict[str, str],
 ) -> None:
     source = in_order(config, arrays)
     file: h5py.File | None = None
@@ -137,13 +152,22 @@ def _write_weights(
                         _name_model(file, config)
                 if dataset is block[0] and dataset.name != EMBEDDINGS and len(block) > 1:
                     _name_block(file, _top_group(dataset), number - 1)
-                file[dataset.path] = _to_file(dataset, held.pop(dataset.name))
+                _write(file, dataset.path, _to_file(dataset, held.pop(dataset.name)), dtype)
                 _name(file, dataset.path.removesuffix("/vars/0"))
         # Ends the check of the order: there must be no further array.
         assert next(source, None) is None
     finally:
         if file is not None:
             _close_synced(file)
+
+
+def _write(file: h5py.File, path: str, array: NDArray[np.float32], dtype: FloatName) -> None:
+    if dtype == "float32":
+        file[path] = array
+        return
+    # HDF5 has no bfloat16: Keras stores the two bytes, and says so beside them.
+    opaque = np.ascontiguousarray(array).astype(ml_dtypes.bfloat16).view(np.dtype("V2"))
+    file.create_dataset(path, data=opaque).attrs["dtype"] = "bfloat16"
 
 
 def _close_synced(file: h5py.File) -> None:

@@ -27,8 +27,11 @@ class PresetReader(Protocol):
         """Every file that decides the model or the tokenizer, always in the same order."""
         ...
 
-    def tokenizer_proto(self) -> bytes:
-        """The SentencePiece model; it has `GemmaConfig.vocabulary_size` pieces."""
+    def tokenizer_proto(self) -> bytes | None:
+        """The SentencePiece model, with `GemmaConfig.vocabulary_size` pieces.
+
+        None for a preset of a backbone alone.
+        """
         ...
 
     def arrays(self) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -6,11 +6,15 @@ are refused in every component, and so are pipes, devices and sockets.
 
 import errno
 import os
+import re
 import stat
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 from model.errors import PresetFileInvalid, PresetFileMissing
+
+# How huggingface_hub lays out its own cache, in which every file is a link.
+_HUB_CACHE = re.compile(r"/models--([A-Za-z0-9._-]+?)--([A-Za-z0-9._-]+)/snapshots/([^/]+)/")
 
 
 def open_regular_file(directory: Path, name: str) -> BufferedReader:
@@ -82,6 +86,13 @@ def _translated(path: Path, error: OSError) -> PresetFileMissing | PresetFileInv
 
 
 def _link_message(path: Path) -> str:
+    if hub_cache := _HUB_CACHE.search(path.as_posix()):
+        owner, name, revision = hub_cache.groups()
+        return (
+            f"{path} is a link, as all files in the cache of Hugging Face are. Give "
+            f"hf://{owner}/{name} instead of the path, or make a directory of plain files: "
+            f"hf download {owner}/{name} --revision {revision} --local-dir DIR"
+        )
     return (
         f"{path} is a symbolic link, or a part of its path is not a folder; copy the file itself "
         "into the preset."

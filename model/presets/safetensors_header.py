@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import PresetFileInvalid
-from model.gemma.weights import WeightSpec
 from model.presets.regular_file import open_regular_file
 from model.presets.strict_json import parse_object
+from model.weight_names import WeightSpec
 
 _MAX_HEADER_BYTES = 4 << 20
 _MAX_TENSORS = 20_000

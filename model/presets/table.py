@@ -11,7 +11,7 @@ from typing import Literal
 
 from model.config import Family, GemmaConfig
 from model.errors import PresetNotFound
-from model.gemma.weights import num_parameters
+from model.weight_names import num_parameters
 
 FloatName = Literal["float32", "bfloat16", "float16"]
 _ITEM_BYTES: dict[FloatName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from model.config import GemmaConfig
 from model.errors import PresetError, UnsupportedPreset
-from model.gemma.weights import weight_specs
 from model.presets.entry_directory import install
+from model.weight_names import weight_specs
 
 NamedArray = tuple[str, NDArray[np.float32]]
 

@@ -38,6 +38,8 @@ class BeamSampler(Sampler):
             log-probabilities, unless this is ``"keras_hub"``.
     """
 
+    is_stepwise = False
+
     def __init__(
         self,
         num_beams: int = 5,

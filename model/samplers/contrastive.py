@@ -39,6 +39,8 @@ class ContrastiveSampler(Sampler):
     Source: Su et al. 2022, https://arxiv.org/abs/2202.06417, eq. 5.
     """
 
+    is_stepwise = False
+
     def __init__(self, k: int = 5, alpha: float = 0.6, temperature: float = 1.0) -> None:
         super().__init__(temperature)
         if k < 1:

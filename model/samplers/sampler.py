@@ -6,7 +6,8 @@ The loop is keras-hub's (spec 4.2). All rows walk together, one column at a time
     row 0        bos   a    .    .    .    .         . is free: mask False, a token is written
     row 1        bos   b    c    d    .    .         2 and 3 are replayed: mask True, kept
 
-It ends at the last column, or when every row has a stop id on a free column.
+It ends at the last column, or when every row has a stop id on a free column. A prompt may be wider
+than its ``end``, with columns that are not free, so that one compiled program serves many lengths.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +36,9 @@ class Start(NamedTuple):
         prompt: Padded rows; the loop fills them.
         cache: Any pytree of arrays whose first axis is the row, or None.
         column: The first one to write.
+        end: The column after the last one to write.
         mask: True on columns that keep their token.
-        stop_token_ids: None never stops.
+        stop_token_ids: None never stops; −1 is no token and may fill the array up.
         hidden_states: Of the prefilled columns, or None.
     """
 
@@ -44,8 +46,9 @@ class Start(NamedTuple):
     prompt: Int[Array, "batch length"]
     cache: Any
     column: Int[Array, ""]
+    end: Int[Array, ""]
     mask: Bool[Array, "batch length"]
-    stop_token_ids: tuple[int, ...] | None
+    stop_token_ids: Int[Array, " stops"] | None
     hidden_states: Float[Array, "batch length width"] | None
 
     def goes_on(self, column: Int[Array, ""], prompt: Int[Array, "rows length"]) -> Bool[Array, ""]:
@@ -54,16 +57,18 @@ class Start(NamedTuple):
         ``prompt`` may have several rows for each row of the batch, beside each other. Columns that
         are not written yet are looked at as well, as in keras-hub: never stop at the padding id.
         """
-        is_left = column < self.prompt.shape[1]
+        is_left = column < self.end
         if self.stop_token_ids is None:
             return is_left
         mask = jnp.repeat(self.mask, prompt.shape[0] // self.mask.shape[0], axis=0)
-        stop_token_ids = jnp.asarray(self.stop_token_ids, prompt.dtype)
-        has_ended = jnp.any(jnp.isin(prompt, stop_token_ids) & ~mask, axis=1)
+        is_stop = jnp.isin(prompt, self.stop_token_ids.astype(prompt.dtype))
+        has_ended = jnp.any(is_stop & ~mask, axis=1)
         return is_left & ~jnp.all(has_ended)
 
 
-class _Progress(NamedTuple):
+class Progress(NamedTuple):
+    """Where a loop stands; all that is needed to go on."""
+
     column: Int[Array, ""]
     prompt: Int[Array, "batch length"]
     cache: Any
@@ -85,9 +90,14 @@ class Sampler:
     Args:
         temperature: Above 0. Logits are divided by it.
 
+    Attributes:
+        is_stepwise: Whether a column is final as soon as it is written, so that it can be streamed.
+
     Raises:
         ValueError: ``temperature`` is not a positive, finite number.
     """
+
+    is_stepwise = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         if not MIN_TEMPERATURE <= temperature < float("inf"):
@@ -164,8 +174,9 @@ class Sampler:
             prompt,
             cache,
             jnp.asarray(index, jnp.int32),
+            jnp.int32(prompt.shape[1]),
             jnp.zeros(prompt.shape, bool) if mask is None else jnp.asarray(mask).astype(bool),
-            tuple(stop_token_ids) if stop_token_ids else None,
+            jnp.asarray(stop_token_ids, jnp.int32) if stop_token_ids else None,
             hidden_states,
         )
         result, after = self.run(start, before)
@@ -194,21 +205,25 @@ class Sampler:
         return result, [scope.get_current_value(variable) for variable in variables]
 
     def run(self, start: Start, variables: Variables) -> tuple[Any, Variables]:
-        """The loop: what a call returns, and the new values of the variables."""
+        """The loop: what a call returns, and the new values of the variables. Changes nothing."""
+        last = self.advance(start, variables)
+        return last.prompt, last.variables
 
-        def goes_on(at: _Progress) -> Bool[Array, ""]:
+    def advance(self, start: Start, variables: Variables) -> Progress:
+        """The loop of a stepwise sampler, to where another call can go on."""
+
+        def goes_on(at: Progress) -> Bool[Array, ""]:
             return start.goes_on(at.column, at.prompt)
 
-        def step(at: _Progress) -> _Progress:
+        def step(at: Progress) -> Progress:
             logits, _, cache = start.next(at.prompt, at.cache, at.column)
             probabilities = self.compute_probabilities(logits)
             tokens, new_variables = self._choose(probabilities, at.variables)
             prompt = write_column(at.prompt, at.column, tokens, start.mask)
-            return _Progress(at.column + 1, prompt, cache, new_variables)
+            return Progress(at.column + 1, prompt, cache, new_variables)
 
-        first = _Progress(start.column, start.prompt, start.cache, variables)
-        last = jax.lax.while_loop(goes_on, step, first)
-        return last.prompt, last.variables
+        first = Progress(start.column, start.prompt, start.cache, variables)
+        return jax.lax.while_loop(goes_on, step, first)
 
     def _choose(
         self, probabilities: Float[Array, "batch vocab"], values: Variables

@@ -51,6 +51,7 @@ async def info(state: State) -> Info:
         preset_digest=loaded.preset_digest,
         family=loaded.family,
         instruct=loaded.is_instruct,
+        has_tokenizer=loaded.has_tokenizer,
         parameters=loaded.num_parameters,
         dtype=loaded.dtype,
         quantization=None,

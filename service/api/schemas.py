@@ -298,6 +298,9 @@ class Info(_Model):
     instruct: bool | None = Field(
         description="Whether the model was tuned to follow instructions; null: nothing says so."
     )
+    has_tokenizer: bool = Field(
+        description="False: only token ids are taken and given; a text is refused."
+    )
     parameters: int
     dtype: str
     quantization: str | None

@@ -137,6 +137,7 @@ class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hidden_dim: int
     buckets: dict[str, list[int]]
     programs: tuple[str, ...]
+    has_tokenizer: bool
 
 
 class Ready(Message, frozen=True):

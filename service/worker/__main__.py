@@ -2,6 +2,9 @@
 
 Started by the supervisor, which passes one end of a socketpair as file descriptor N. The first
 command is `Load`; everything else is in `service.worker.loop`.
+
+``python -m service.worker presets|fetch|export ...`` serves nobody: it does one thing and ends; see
+`service.worker.commands`.
 """
 
 import argparse
@@ -175,6 +178,11 @@ def _loading(command: Generate) -> Failed:
 
 
 def main() -> int:
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        # Imported late: a worker that serves loads what it needs with its engine.
+        from service.worker import commands
+
+        return commands.main(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="python -m service.worker")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket")
     parser.add_argument("--parent", type=int, required=True, help="process id of the API process")

@@ -85,6 +85,7 @@ class Admission:
         prompts = [
             self._token_ids(command, index, prompt) for index, prompt in enumerate(command.prompts)
         ]
+        self._check_stop_strings(command)
         self._check_ids(command)
         for index, prompt in enumerate(prompts):
             self._check_length(command, index, len(prompt))
@@ -111,13 +112,21 @@ class Admission:
     def _token_ids(
         self, command: Generate, index: int, prompt: str | tuple[int, ...]
     ) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return (self._codec.bos_id, *self._codec.encode(prompt))
         pointer = _prompt_pointer(index)
+        if isinstance(prompt, str):
+            if self._codec.bos_id is None:
+                detail = "This preset has no tokenizer; send token ids."
+                raise _refusal(command, "invalid_field", detail, pointer)
+            return (self._codec.bos_id, *self._codec.encode(prompt))
         if not prompt:
             raise _refusal(command, "invalid_field", "The prompt has no token.", pointer)
         self._check_vocabulary(command, prompt, pointer)
         return prompt
+
+    def _check_stop_strings(self, command: Generate) -> None:
+        if command.stop.strings and self._codec.bos_id is None:
+            detail = "This preset has no tokenizer; use stop_token_ids."
+            raise _refusal(command, "invalid_field", detail, "/stop")
 
     def _check_ids(self, command: Generate) -> None:
         """Ids and counts that the API process could not know the vocabulary for."""

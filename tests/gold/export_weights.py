@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
+from model import weight_names as weights
 from model.config import GemmaConfig
-from model.gemma import weights
 from model.presets.resolve import DEMO, open_preset
 
 _BLOCK_NAMES = {

@@ -8,19 +8,12 @@ cd "$(dirname "$0")/../.."
 work=${GOLD_DIR:-/tmp/gemma-gold}
 goldens=tests/goldens/gemma3_270m
 ours=.venv/bin/python
-theirs=tests/gold/.venv
+theirs=$(tests/gold/environment.sh transformers)
 export GEMMA_TEST_CACHE_DIR=${GEMMA_TEST_CACHE_DIR:-$work/cache}
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 JAX_PLATFORMS=cpu
 
-if [[ ! -e $theirs/.installed || tests/gold/requirements.txt -nt $theirs/.installed ]]; then
-  "${PYTHON:-python3.11}" -m venv "$theirs"
-  "$theirs/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --requirement tests/gold/requirements.txt
-  touch "$theirs/.installed"
-fi
-
 "$ours" -m tests.gold.export_weights "$work/model"
-"$theirs/bin/python" tests/gold/transformers_answers.py \
+"$theirs" tests/gold/transformers_answers.py \
   "$work/model" "$goldens/cases.json" "$work/long_cases.json"
 "$ours" -m tests.gold.differences "$work/long_cases.json"
 if [[ ${1-} == --store ]]; then

@@ -1,8 +1,8 @@
 """Hugging Face's answers: ``transformers_answers.py MODEL_DIRECTORY CASES_JSON LONG_CASES_JSON``.
 
-Runs in the environment of ``requirements.txt``; imports nothing of this project but the prompts
-beside it. First answers the cases of CASES_JSON again and compares, which proves this script; then
-writes LONG_CASES_JSON.
+Runs in the environment of ``requirements-transformers.txt``; imports nothing of this project but
+the prompts beside it. First answers the cases of CASES_JSON again and compares, which proves this
+script; then writes LONG_CASES_JSON.
 """
 
 import json

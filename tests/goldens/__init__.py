@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model.gemma.backbone import GemmaBackbone
+from model.gemma.backbone import Backbone
 from model.presets import resolve
 from model.presets.keras_directory import KerasPreset
 
@@ -43,7 +43,7 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 
 
 @cache
-def backbone(name: str) -> GemmaBackbone:
+def backbone(name: str) -> Backbone:
     """The preset of a golden set, in float32."""
     preset = KerasPreset.open(preset_directory(name))
-    return GemmaBackbone(preset.config, {key: jnp.asarray(value) for key, value in preset.arrays()})
+    return Backbone(preset.config, {key: jnp.asarray(value) for key, value in preset.arrays()})
