@@ -10,7 +10,7 @@ PORT ?= 8000
 # Test files run beside each other in this many processes; 0 runs them in one.
 TEST_PROCESSES ?= 2
 
-.PHONY: help install serve test check static lint openapi lock format clean
+.PHONY: help install serve test nightly check static lint openapi lock format clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ serve: $(INSTALLED) ## serve PRESET (gemma3_270m, tiny, or a path) on HOST:PORT
 
 test: static ## everything CI runs: import contracts, types, tests (ARGS="-k top_p -x")
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+
+nightly: $(INSTALLED) ## long campaigns: 20,000 answers in company against the same alone
+	GEMMA_CAMPAIGN_ANSWERS=20000 $(BIN)/pytest --timeout 4800 tests/test_company.py $(ARGS)
 
 check: lint test ## format, lint, import contracts, types, tests
 

@@ -18,6 +18,7 @@ from model.gemma.kv_cache import LayerCache
 from model.gemma.padded_rows import pad_rows
 from model.gemma.weights import GemmaWeights
 from model.samplers.draw import MIN_TEMPERATURE, SamplingRows, draw
+from model.samplers.penalties import PenaltyRows, adjust
 from model.slots import MAX_LOGPROBS
 
 
@@ -29,6 +30,7 @@ class DecodeInputs(NamedTuple):
         positions: Of that token.
         slots: Whose cache each row continues; ``num_slots`` marks a row that only fills the batch.
         sampling: How each row draws.
+        penalties: What changes its logits before.
         banned_ids: Ids that must not be drawn; V where there is none.
         wants_logprobs: Rows that report log-probabilities.
     """
@@ -37,6 +39,7 @@ class DecodeInputs(NamedTuple):
     positions: Int[Array, " batch"]
     slots: Int[Array, " batch"]
     sampling: SamplingRows
+    penalties: PenaltyRows
     banned_ids: Int[Array, "batch banned"]
     wants_logprobs: Bool[Array, " batch"]
 
@@ -85,10 +88,11 @@ def decode_step(
 def _finish_row(logits: Float[Array, " vocab"], row: DecodeInputs) -> DecodeOutputs:
     """Draws one row's token and measures it."""
     sampling = row.sampling
+    adjusted = adjust(logits, row.penalties)
     allowed = jax.lax.cond(
         jnp.any(row.banned_ids < logits.shape[0]),
-        lambda: logits.at[row.banned_ids].set(-jnp.inf, mode="drop"),
-        lambda: logits,
+        lambda: adjusted.at[row.banned_ids].set(-jnp.inf, mode="drop"),
+        lambda: adjusted,
     )
     token_id = jax.lax.cond(
         sampling.temperature >= MIN_TEMPERATURE,
@@ -107,7 +111,7 @@ _Measure = tuple[Float[Array, ""], Int[Array, " top"], Float[Array, " top"]]
 
 
 def _measure(logits: Float[Array, " vocab"], token_id: Int[Array, ""]) -> _Measure:
-    """Log-probabilities under the model's own distribution: before temperature, bans and cuts."""
+    """Log-probabilities under the model's own distribution: before penalties, bans and cuts."""
     total = jax.nn.logsumexp(logits)
     top_logits, top_ids = jax.lax.top_k(logits, _num_alternatives(logits))
     return logits[token_id] - total, top_ids.astype(jnp.int32), top_logits - total

@@ -4,7 +4,8 @@
 
 * ``decode[rows]``: one whole step for 2, 4, 8 … rows (a lone row runs beside an empty one);
 * ``embed[tokens]`` and ``block[tokens, positions]``: one chunk of a prompt, block by block, one
-  program for all layers whose cache has the same number of positions.
+  program for all layers whose cache has the same number of positions;
+* ``copy``: the blocks of one slot's prompt into another slot, all layers.
 
 See `model.slots` for the life of a sequence.
 """
@@ -12,6 +13,7 @@ See `model.slots` for the life of a sequence.
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,14 +33,20 @@ from model.presets.resolve import IS_INSTRUCT, open_preset
 from model.programs import CompilationCounter, ProgramSpec, use_compile_cache
 from model.progress import Progress
 from model.samplers.draw import SamplingRows
+from model.samplers.penalties import PenaltyRows
+from model.self_test import KeysAndValues, compare_bits, read_position
+from model.self_test_record import claim_of, keep_result, kept_result
+from model.slot_copy import copy_slot
 from model.slot_memory import BLOCK_TOKENS
 from model.slots import (
     MAX_BANNED_IDS,
+    MAX_BIASES,
     DecodeRow,
     EngineInfo,
     EngineOptions,
     SampledToken,
     Sampling,
+    SelfTest,
     TextCodec,
 )
 from model.tokenizer import Tokenizer
@@ -50,13 +58,14 @@ _logger = logging.getLogger(__name__)
 
 
 def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
-    """Opens the preset, loads its weights and compiles every program.
+    """Opens the preset, loads its weights, compiles every program and tries them.
 
     Raises:
         PresetError: The preset cannot be served, or not with these options; the message names the
             file, the tensor or the number.
+        SelfTestFailed: Here answers would depend on their company.
     """
-    use_compile_cache(options.cache_dir)
+    programs_dir = use_compile_cache(options.cache_dir)
     counter = CompilationCounter()
     preset = open_preset(options.preset, options.cache_dir, progress=progress)
     config = preset.config
@@ -64,7 +73,7 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
     codec = _codec(preset)
     backbone = Backbone(config, _device_arrays(preset, progress), dtype="float32")
     engine = GemmaEngine(backbone, codec, options, preset, counter)
-    engine.compile(progress)
+    engine.compile(progress, programs_dir)
     return engine
 
 
@@ -124,6 +133,8 @@ class GemmaEngine:
         )
         self._row_buckets = row_buckets(options.num_slots)
         self._programs: dict[str, Callable[..., Any]] = {}
+        self._self_test: SelfTest | None = None
+        self._no_penalties: dict[int, PenaltyRows] = {}
 
     @property
     def num_compilations(self) -> int:
@@ -153,16 +164,29 @@ class GemmaEngine:
             buckets={"decode_rows": list(self._row_buckets), "prefill_tokens": [*CHUNK_BUCKETS]},
             programs=tuple(self._programs),
             has_tokenizer=self.codec.bos_id is not None,
+            self_test=self._self_test,
         )
 
-    def compile(self, progress: Progress) -> None:
-        """Makes every program that a request can need."""
+    def compile(self, progress: Progress, programs_dir: Path) -> None:
+        """Makes every program that a request can need, and tries those that are new here."""
         specs = self._program_specs()
+        total = len(specs) + 1.0
+        texts = {}
         for done, spec in enumerate(specs):
-            progress("compile", float(done), float(len(specs)))
-            self._programs[spec.name] = spec.compile()
-        self._warm_up()
-        progress("compile", float(len(specs)), float(len(specs)))
+            progress("compile", float(done), total)
+            lowered = spec.lower()
+            texts[spec.name] = lowered.as_text()
+            self._programs[spec.name] = lowered.compile()
+        progress("compile", total - 1, total)
+        claim = claim_of(texts, self._preset.preset_digest)
+        self._self_test = kept_result(programs_dir, claim)
+        if self._self_test is None:
+            # It runs every program, so there is nothing left to warm up.
+            self._self_test = compare_bits(self)
+            keep_result(programs_dir, claim, self._self_test)
+        else:
+            self._warm_up()
+        progress("compile", total, total)
 
     def _warm_up(self) -> None:
         """Runs every program once: a first call costs tens of milliseconds that no request pays.
@@ -171,7 +195,16 @@ class GemmaEngine:
         """
         for bucket in CHUNK_BUCKETS:
             self.prefill(0, [0] * min(bucket, self._options.context_tokens), 0)
-        sampling = Sampling(temperature=1.0, top_k=1, top_p=0.5, seed=0)
+        self.copy(0, [0], 1)
+        sampling = Sampling(
+            temperature=1.0,
+            top_k=1,
+            top_p=0.5,
+            seed=0,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            logit_bias=((0, 1.0),),
+        )
         for bucket in self._row_buckets:
             num_rows = min(bucket, self._options.num_slots)
             self._decode_group(
@@ -196,6 +229,14 @@ class GemmaEngine:
             program = self._programs[f"block[{bucket},{cache.num_positions}]"]
             x, self._caches[layer] = program(
                 self._weights.blocks[layer], self._traits[layer], cache, x, positions, slots
+            )
+
+    def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
+        """Gives ``targets`` the first ``num_tokens`` positions of ``source``, in whole blocks."""
+        num_blocks = np.int32(-(-num_tokens // BLOCK_TOKENS))
+        for target in targets:
+            self._caches = self._programs["copy"](
+                self._caches, np.int32(source), np.int32(target), num_blocks
             )
 
     def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
@@ -231,6 +272,10 @@ class GemmaEngine:
             sampled.append(token)
         return sampled
 
+    def keys_and_values(self, slot: int, position: int) -> KeysAndValues:
+        """What stands at one position of a slot, for the self-test."""
+        return np.asarray(read_position(self._caches, np.int32(slot), np.int32(position)))
+
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         """JAX clamps a bad index silently, so none may get there."""
         bad = [id_ for id_ in token_ids if not 0 <= id_ < self._config.vocabulary_size]
@@ -256,11 +301,44 @@ class GemmaEngine:
                 temperature=column([row.sampling.temperature for row in rows], np.float32, 0),
                 top_k=column([row.sampling.top_k for row in rows], np.int32, 0),
                 top_p=column([row.sampling.top_p for row in rows], np.float32, 1),
+                min_p=column([row.sampling.min_p for row in rows], np.float32, 0),
                 seeds=column([row.sampling.seed for row in rows], np.uint32, 0),
             ),
+            penalties=self._penalty_rows(rows, bucket),
             banned_ids=jnp.asarray(banned),
             wants_logprobs=column([row.num_logprobs is not None for row in rows], np.bool_, 0),
         )
+
+    def _penalty_rows(self, rows: Sequence[DecodeRow], bucket: int) -> PenaltyRows:
+        """The penalties of a step; one that has none reuses the arrays of the last such step."""
+        if not any(row.sampling.has_penalties or row.sampling.logit_bias for row in rows):
+            if bucket not in self._no_penalties:
+                self._no_penalties[bucket] = self._make_penalty_rows((), bucket)
+            return self._no_penalties[bucket]
+        return self._make_penalty_rows(rows, bucket)
+
+    def _make_penalty_rows(self, rows: Sequence[DecodeRow], bucket: int) -> PenaltyRows:
+        vocab = self._config.vocabulary_size
+        factors = np.tile(np.array([[1.0], [0.0], [0.0]], np.float32), bucket)
+        history = np.full((bucket, self._options.context_tokens), vocab, np.int32)
+        num_prompt = np.zeros(bucket, np.int32)
+        bias_ids = np.full((bucket, MAX_BIASES), vocab, np.int32)
+        biases = np.zeros((bucket, MAX_BIASES), np.float32)
+        for index, row in enumerate(rows):
+            sampling = row.sampling
+            if sampling.has_penalties:
+                factors[:, index] = (
+                    sampling.repetition_penalty,
+                    sampling.presence_penalty,
+                    sampling.frequency_penalty,
+                )
+                num_prompt[index] = len(row.prompt)
+                tokens = (*row.prompt, *row.generated)
+                history[index, : len(tokens)] = tokens
+            for place, (token_id, bias) in enumerate(sampling.logit_bias):
+                bias_ids[index, place], biases[index, place] = token_id, bias
+        arrays = (*factors, history, num_prompt, bias_ids, biases)
+        return PenaltyRows(*map(jnp.asarray, arrays))
 
     def _program_specs(self) -> list[ProgramSpec]:
         specs = [
@@ -280,6 +358,9 @@ class GemmaEngine:
             embeddings = self._weights.embeddings
             specs.append(ProgramSpec(f"embed[{bucket}]", embed_chunk, (embeddings, token_ids)))
             specs.extend(self._block_spec(size, i, x) for size, i in layer_of_size.items())
+        number = _shaped((), jnp.int32)
+        arguments = (self._caches, number, number, number)
+        specs.append(ProgramSpec("copy", copy_slot, arguments, donated=(0,)))
         return specs
 
     def _block_spec(self, size: int, layer: int, x: jax.ShapeDtypeStruct) -> ProgramSpec:

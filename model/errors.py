@@ -7,6 +7,7 @@
     + PresetFileInvalid           a file is truncated, malformed or does not fit the config
     + PresetDownloadFailed        a hub refused, was not reached, or the disk is full
     + UnsupportedPreset           a well-formed file of a kind that is not served
+  x SelfTestFailed                answers would depend on what else runs on this machine
   x RequestInvalid                another request is needed
     + TokenOutOfRange             an id is not in the vocabulary
     + SequenceTooLong             more tokens than a slot holds
@@ -39,6 +40,10 @@ class PresetDownloadFailed(PresetError):
 
 class UnsupportedPreset(PresetError):
     """The file is well formed but holds an architecture or a format that is not served."""
+
+
+class SelfTestFailed(ModelError):
+    """The programs give other bits in other company here. The message says which, and a remedy."""
 
 
 class RequestInvalid(ModelError):

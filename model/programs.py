@@ -30,10 +30,10 @@ class CompilationCounter:
             self.count += 1
 
 
-def use_compile_cache(cache_dir: Path) -> None:
+def use_compile_cache(cache_dir: Path) -> Path:
     """Keeps compiled programs in ``cache_dir``, apart for each jaxlib, backend and processor.
 
-    A program compiled for one processor's instructions may crash on another.
+    A program compiled for one processor's instructions may crash on another. Returns the folder.
     """
     machine = f"{platform.machine()} {_processor_features()}"
     key = hashlib.sha256(f"{jaxlib_version} {jax.default_backend()} {machine}".encode())
@@ -43,6 +43,7 @@ def use_compile_cache(cache_dir: Path) -> None:
     # The defaults skip what compiled in under a second, which is most of our programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
 
 
 def _processor_features() -> str:
@@ -70,7 +71,6 @@ class ProgramSpec:
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
 
-    def compile(self) -> Callable[..., Any]:
-        """The program, from the compile cache if it is there."""
-        jitted = jax.jit(self.function, donate_argnums=self.donated)
-        return jitted.lower(*self.arguments).compile()
+    def lower(self) -> jax.stages.Lowered:
+        """What XLA is asked to compile; ``compile`` then looks into the compile cache first."""
+        return jax.jit(self.function, donate_argnums=self.donated).lower(*self.arguments)

@@ -4,6 +4,7 @@ An engine owns a fixed number of slots, each holding the cache of one sequence. 
 prompt tokens lives like this::
 
     prefill(slot, token_ids[0:n-1] in chunks)      writes their keys and values
+    copy(slot, other slots, n-1)                   for others that continue the same prompt
     decode([..., row(token n-1), ...])             yields token n, together with other rows
     decode([..., row(token n), ...])               yields token n+1, and so on
 
@@ -23,6 +24,7 @@ from model.progress import Progress
 
 MAX_LOGPROBS = 20
 MAX_BANNED_IDS = 24
+MAX_BIASES = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,27 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SelfTest:
+    """A self-test that passed: equal bits alone and in company; see `model.self_test`.
+
+    Attributes:
+        row_counts: Of the decode programs that were compared.
+        chunk_tokens: Lengths of the prefill programs that were.
+        num_comparisons: Rows of steps and positions of prompts, each to the last bit.
+    """
+
+    row_counts: tuple[int, ...]
+    chunk_tokens: tuple[int, ...]
+    num_comparisons: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What was loaded, for `/info`.
 
     ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
-    without ``has_tokenizer`` there are token ids and no text.
+    without ``has_tokenizer`` there are token ids and no text. ``self_test`` is None for an engine
+    that needs none.
     """
 
     preset: str
@@ -68,16 +86,31 @@ class EngineInfo:
     buckets: dict[str, list[int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
     has_tokenizer: bool = True
+    self_test: SelfTest | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one sequence draws; see `model.samplers.draw`."""
+    """How one sequence draws; see `model.samplers.draw` and `model.samplers.penalties`.
+
+    ``logit_bias`` holds at most `MAX_BIASES` pairs of id and bias.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change what is drawn."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +124,8 @@ class DecodeRow:
         sampling: How the successor is drawn.
         banned_ids: At most `MAX_BANNED_IDS` ids that must not be drawn at this step.
         num_logprobs: None, or how many alternatives (0 to `MAX_LOGPROBS`) come with the token.
+        prompt: Of the sequence, and
+        generated: what followed it, ``token_id`` last; only for a row with penalties.
     """
 
     slot: int
@@ -99,6 +134,8 @@ class DecodeRow:
     sampling: Sampling
     banned_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
+    prompt: Sequence[int] = ()
+    generated: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +196,12 @@ class Engine(Protocol):
 
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Writes one chunk; ``start`` is a multiple of ``info.chunk_tokens``."""
+
+    def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
+        """Gives ``targets`` the ``num_tokens`` tokens that ``source`` was prefilled with.
+
+        Nothing may have been decoded in ``source`` since: a ring would hold that instead.
+        """
 
     def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
         """One step for 1 to ``info.num_slots`` rows, in any order of slots."""

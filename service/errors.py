@@ -4,6 +4,7 @@
   x RequestError              change the request
     + MalformedJson           400
     + NotFound                404
+    + RequestNotFound         404
     + MethodNotAllowed        405
     + NotAcceptable           406
     + BodyTimeout             408
@@ -89,6 +90,14 @@ class NotFound(RequestError):
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
     title = "Not found"
+
+
+class RequestNotFound(RequestError):
+    """No request with that id is running here."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "request_not_found"
+    title = "Request not found"
 
 
 class MethodNotAllowed(RequestError):

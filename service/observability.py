@@ -140,7 +140,7 @@ class Metrics:
             self.successes.labels(_OPERATION, reason)
         for error in leaves():
             self.failures.labels(_OPERATION, error.code)
-        for reason in ("disconnect", "timeout"):
+        for reason in ("disconnect", "api", "timeout"):
             self.cancelled.labels(reason)
         for streaming in ("true", "false"):
             self.first_token.labels(streaming)
@@ -210,6 +210,8 @@ class GenerationMeter:
             self._metrics.successes.labels(_OPERATION, reason).inc()
         if "timeout" in finish_reasons:
             self._metrics.cancelled.labels("timeout").inc()
+        if "cancelled" in finish_reasons:
+            self._metrics.cancelled.labels("api").inc()
 
     def failed(self, code: str) -> None:
         self._metrics.failures.labels(_OPERATION, code).inc()

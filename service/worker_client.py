@@ -113,6 +113,17 @@ class WorkerClient:
             case _:
                 raise AssertionError(f"expected Accepted or Failed first, got {type(first)}")
 
+    def cancel(self, request_id: str) -> bool:
+        """Asks the worker to end a request, which still gets its end; False if none has that id.
+
+        Raises:
+            ServiceError: There is no worker at the moment.
+        """
+        if request_id not in self._inboxes:
+            return False
+        self._send(Cancel(request_id))
+        return True
+
     def deliver(self, event: RequestEvent) -> None:
         """Hands one event to the request it is about, if anyone still waits."""
         if inbox := self._inboxes.get(event.request_id):

@@ -31,13 +31,23 @@ def prefill(engine, slot, prompt):
 def continue_alone(engine, prompt, num_tokens, *, slot=0, sampling=GREEDY):
     """Tokens and log-probabilities of one sequence with the engine to itself."""
     prefill(engine, slot, prompt)
-    tokens, logprobs = list(prompt), []
+    [continued] = continue_together(engine, {slot: prompt}, num_tokens, {slot: sampling})
+    return continued
+
+
+def continue_together(engine, prompts, num_tokens, samplings):
+    """Tokens and log-probabilities of prompts that their slots hold already, in that order."""
+    tokens = {slot: list(prompt) for slot, prompt in prompts.items()}
+    logprobs = {slot: [] for slot in prompts}
     for _ in range(num_tokens):
-        row = DecodeRow(slot, tokens[-1], len(tokens) - 1, sampling, num_logprobs=0)
-        (sampled,) = engine.decode([row])
-        tokens.append(sampled.token_id)
-        logprobs.append(sampled.logprob)
-    return tokens[len(prompt) :], logprobs
+        rows = [
+            DecodeRow(slot, ids[-1], len(ids) - 1, samplings[slot], num_logprobs=0)
+            for slot, ids in tokens.items()
+        ]
+        for row, sampled in zip(rows, engine.decode(rows), strict=True):
+            tokens[row.slot].append(sampled.token_id)
+            logprobs[row.slot].append(sampled.logprob)
+    return [(tokens[slot][len(prompt) :], logprobs[slot]) for slot, prompt in prompts.items()]
 
 
 def full_logprobs(name, tokens):
@@ -82,28 +92,38 @@ def test_what_a_slot_held_before_changes_no_bit(name, engine_of):
 @PRESETS
 def test_rows_of_a_batch_answer_as_they_do_alone_to_the_last_bit(name, engine_of):
     engine = engine_of(name)
-    prompts = [random_tokens(n, seed=n) for n in (3, 40, 300)]
-    samplings = [GREEDY, Sampling(1.5, 0, 0.9, 7), Sampling(0.7, 40, 1.0, 8)]
+    # In another order than the slots, which must not matter.
+    prompts = {slot: random_tokens(n, seed=n) for slot, n in ((2, 300), (0, 3), (1, 40))}
+    samplings = {0: GREEDY, 1: Sampling(1.5, 0, 0.9, 7), 2: Sampling(0.7, 40, 1.0, 8)}
     alone = [
-        continue_alone(engine, prompt, 10, sampling=sampling)
-        for prompt, sampling in zip(prompts, samplings, strict=True)
+        continue_alone(engine, prompt, 10, sampling=samplings[slot])
+        for slot, prompt in prompts.items()
     ]
-    for slot, prompt in enumerate(prompts):
+    for slot, prompt in prompts.items():
         prefill(engine, slot, prompt)
-    sequences = [list(prompt) for prompt in prompts]
-    logprobs = [[] for _ in prompts]
-    for _ in range(10):
-        # In another order than the slots, which must not matter.
-        order = [2, 0, 1]
-        rows = [
-            DecodeRow(i, sequences[i][-1], len(sequences[i]) - 1, samplings[i], num_logprobs=0)
-            for i in order
-        ]
-        for i, sampled in zip(order, engine.decode(rows), strict=True):
-            sequences[i].append(sampled.token_id)
-            logprobs[i].append(sampled.logprob)
-    for i, expected in enumerate(alone):
-        assert (sequences[i][len(prompts[i]) :], logprobs[i]) == expected
+    assert continue_together(engine, prompts, 10, samplings) == alone
+
+
+# 257 - 1 tokens fill a block and 258 - 1 begin the next; 510 go on into the second round of a ring
+# of 512 positions while they are continued, and 700 have begun it before they are copied.
+@PRESETS
+@pytest.mark.parametrize("num_prompt_tokens", [2, 257, 258, 510, 700])
+def test_a_copied_prompt_is_continued_as_a_prefilled_one_to_the_last_bit(
+    name, num_prompt_tokens, engine_of
+):
+    engine, prompt, other = engine_of(name), random_tokens(num_prompt_tokens), random_tokens(600, 1)
+    prompts = {3: prompt, 0: prompt, 2: other, 1: prompt}
+    samplings = {slot: Sampling(1.5, 0, 0.9, seed=slot) for slot in prompts}
+    alone = [
+        continue_alone(engine, prompts[slot], 8, slot=slot, sampling=samplings[slot])
+        for slot in prompts
+    ]
+    for slot in (0, 3):
+        poison(engine, slot)
+    prefill(engine, 2, other)
+    prefill(engine, 1, prompt)
+    engine.copy(1, [0, 3], num_prompt_tokens - 1)
+    assert continue_together(engine, prompts, 8, samplings) == alone
 
 
 def test_alternatives_are_the_likeliest_tokens_of_the_models_own_distribution(engine_of):
@@ -153,6 +173,7 @@ def test_nothing_compiles_once_an_engine_is_loaded(engine_of):
     assert before > 0
     for num_tokens in (1, 5, 40, 100, 200, 256, 257, 600):
         continue_alone(engine, random_tokens(num_tokens), 2, sampling=Sampling(1.0, 5, 0.5, 1))
+        engine.copy(0, [1, 2], num_tokens)
     for num_rows in (1, 2, 3, 4):
         rows = [
             DecodeRow(slot, 20 + slot, slot, Sampling(0.1 * slot, slot, 1 - 0.2 * slot, slot),

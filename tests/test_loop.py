@@ -40,11 +40,21 @@ NUM_SLOTS = 4
 
 
 class RecordingEngine(ArithmeticEngine):
-    """Notes which slots every decode step had."""
+    """Notes which slots every decode step had, and what else was written."""
 
     def __init__(self) -> None:
         super().__init__(EngineOptions("x", NUM_SLOTS, 64, Path("/nowhere")))
         self.decoded_slots: list[list[int]] = []
+        self.prefilled: list[tuple[int, tuple[int, ...]]] = []
+        self.copied: list[tuple[int, list[int], int]] = []
+
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        self.prefilled.append((slot, tuple(token_ids)))
+        super().prefill(slot, token_ids, start)
+
+    def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
+        self.copied.append((source, list(targets), num_tokens))
+        super().copy(source, targets, num_tokens)
 
     def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
         self.decoded_slots.append([row.slot for row in rows])
@@ -169,6 +179,42 @@ def test_a_request_with_more_outputs_than_slots_is_served_in_turns():
     tokens = [worker.tokens("a", output) for output in range(6)]
     assert tokens == [[1, 2], [1, 2], [2, 4], [2, 4], [3, 6], [3, 6]]
     assert len(worker.ends("a")) == 6
+
+
+def test_the_outputs_of_a_prompt_are_prefilled_once_and_each_goes_on_as_it_would_alone():
+    prompt = (1, 2, 3, 4, 5, 6, 7)
+    worker = Worker()
+    worker.submit(generate("a", prompt, n=3, temperature=1.0, seed=5))
+    worker.run()
+    assert worker.engine.prefilled == [(0, (1, 2, 3, 4)), (0, (5, 6))]
+    assert worker.engine.copied == [(0, [1, 2], 6)]
+    # 28, and the seed of the output.
+    assert [worker.tokens("a", k)[0] for k in range(3)] == [33, 34, 35]
+    for k in range(3):
+        alone = Worker()
+        alone.submit(generate("b", prompt, temperature=1.0, seed=5 + k))
+        alone.run()
+        assert worker.tokens("a", k) == alone.tokens("b")
+
+
+def test_outputs_of_a_prompt_that_find_no_slot_prefill_it_together_later():
+    worker = Worker()
+    worker.submit(generate("a", (1, 2, 3), n=NUM_SLOTS + 2, max_tokens=2))
+    worker.run()
+    assert [slot for slot, _ in worker.engine.prefilled] == [0, 0]
+    assert worker.engine.copied == [(0, [1, 2, 3], 2), (0, [1], 2)]
+    assert [worker.tokens("a", k) for k in range(NUM_SLOTS + 2)] == [[6, 12]] * (NUM_SLOTS + 2)
+
+
+def test_a_request_that_leaves_before_its_prompt_is_copied_gives_every_slot_back():
+    worker = Worker()
+    worker.submit(generate("a", (1, 2, 3, 4, 5, 6, 7), n=NUM_SLOTS))
+    worker.turn()
+    worker.cancel("a")
+    worker.submit(generate("b", (1,), n=NUM_SLOTS, max_tokens=1))
+    worker.run()
+    assert worker.engine.copied == []
+    assert sorted(worker.engine.decoded_slots[-1]) == [0, 1, 2, 3]
 
 
 def test_output_k_draws_with_the_seed_plus_k_modulo_two_to_the_32():

@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from model.slots import MAX_BANNED_IDS, MAX_LOGPROBS, EngineInfo, Sampling
+from model.slots import MAX_BANNED_IDS, MAX_BIASES, MAX_LOGPROBS, EngineInfo, Sampling
 from service.api.schemas import GenerateRequest, field_limits
 from service.protocol import framing
 from service.protocol.framing import ProtocolError
@@ -28,6 +28,7 @@ from service.protocol.messages import (
     Progress,
     Ready,
     SamplingParameters,
+    SelfTest,
     ServerInfo,
     StopRules,
     Timings,
@@ -54,7 +55,17 @@ COMMANDS: list[Command] = [
         adapter=None,
         prompts=("a \x00 text", (0, 1, 999), ""),
         num_choices=2,
-        sampling=SamplingParameters(temperature=0.5, top_k=3, top_p=0.9, seed=2**32 - 1),
+        sampling=SamplingParameters(
+            temperature=0.5,
+            top_k=3,
+            top_p=0.9,
+            seed=2**32 - 1,
+            min_p=0.05,
+            repetition_penalty=1.2,
+            presence_penalty=-2.0,
+            frequency_penalty=0.5,
+            logit_bias=((7, -100.0), (999, 0.25)),
+        ),
         stop=StopRules(
             max_tokens=9, min_tokens=1, strings=("é", "\n"), token_ids=(4,), ignore_eos=True
         ),
@@ -83,6 +94,7 @@ EVENTS: list[Event] = [
             buckets={"decode_rows": [2, 4, 8]},
             programs=("decode[2]",),
             has_tokenizer=False,
+            self_test=SelfTest((2, 4, 8), (32, 256), 190),
         ),
         num_compilations=24,
     ),
@@ -255,7 +267,7 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
     assert sampling == {field.name for field in fields(Sampling)}
     api_name = {"strings": "stop", "token_ids": "stop_token_ids"}
     stop = {api_name.get(name, name) for name in StopRules.__struct_fields__}
-    others = {"prompt", "n", "logprobs", "stream"}
+    others = {"prompt", "n", "logprobs", "stream", "timeout_s", "echo"}
     assert set(GenerateRequest.model_fields) == sampling | stop | others
 
 
@@ -269,3 +281,4 @@ def test_the_api_asks_for_no_more_than_an_engine_gives():
     assert limits["logprobs"]["maximum"] == MAX_LOGPROBS
     # The ids that stop are banned until min_tokens: the request's own, eos and end of turn.
     assert limits["stop_token_ids"]["maxItems"] + 2 <= MAX_BANNED_IDS
+    assert limits["logit_bias"]["maxProperties"] == MAX_BIASES

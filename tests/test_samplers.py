@@ -118,7 +118,7 @@ def test_a_uniform_number_depends_on_seed_and_position():
     assert uniform(jnp.uint32(5), jnp.int32(7)) == uniform(jnp.uint32(5), jnp.int32(7))
 
 
-def frequencies(logits, temperature, top_k, top_p, num_draws=20_000):
+def frequencies(logits, temperature, top_k, top_p, min_p=0.0, num_draws=20_000):
     seeds = jnp.arange(num_draws, dtype=jnp.uint32)
     one = jax.jit(
         jax.vmap(
@@ -127,6 +127,7 @@ def frequencies(logits, temperature, top_k, top_p, num_draws=20_000):
                 jnp.float32(temperature),
                 jnp.int32(top_k),
                 jnp.float32(top_p),
+                jnp.float32(min_p),
                 seed,
                 jnp.int32(3),
             )
@@ -136,18 +137,28 @@ def frequencies(logits, temperature, top_k, top_p, num_draws=20_000):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "expected"),
+    ("temperature", "top_k", "top_p", "min_p", "expected"),
     [
-        (1.0, 0, 1.0, [0.125, 0.5, 0.25, 0.125]),
+        (1.0, 0, 1.0, 0.0, [0.125, 0.5, 0.25, 0.125]),
         # Twice the logits: squared and normalised.
-        (0.5, 0, 1.0, [1 / 22, 16 / 22, 4 / 22, 1 / 22]),
-        (1.0, 2, 1.0, [0.0, 2 / 3, 1 / 3, 0.0]),
-        (1.0, 0, 0.6, [0.0, 2 / 3, 1 / 3, 0.0]),
+        (0.5, 0, 1.0, 0.0, [1 / 22, 16 / 22, 4 / 22, 1 / 22]),
+        (1.0, 2, 1.0, 0.0, [0.0, 2 / 3, 1 / 3, 0.0]),
+        (1.0, 0, 0.6, 0.0, [0.0, 2 / 3, 1 / 3, 0.0]),
         # Top-p looks at what top-k left: 2/3, 1/3.
-        (1.0, 2, 0.6, [0.0, 1.0, 0.0, 0.0]),
+        (1.0, 2, 0.6, 0.0, [0.0, 1.0, 0.0, 0.0]),
+        # Shares of the likeliest: 1/4, 1, 1/2, 1/4.
+        (1.0, 0, 1.0, 0.4, [0.0, 2 / 3, 1 / 3, 0.0]),
+        (1.0, 0, 1.0, 1.0, [0.0, 1.0, 0.0, 0.0]),
+        # At temperature 2 the shares are 1/2, 1, 1/√2, 1/2.
+        (2.0, 0, 1.0, 0.6, [0.0, 2 / (2 + 2**0.5), 2**0.5 / (2 + 2**0.5), 0.0]),
+        # Top-p looks at what min-p left.
+        (1.0, 0, 0.6, 0.4, [0.0, 1.0, 0.0, 0.0]),
     ],
 )
-def test_tokens_are_drawn_as_often_as_their_probability_says(temperature, top_k, top_p, expected):
+def test_tokens_are_drawn_as_often_as_their_probability_says(
+    temperature, top_k, top_p, min_p, expected
+):
     logits = np.log([0.125, 0.5, 0.25, 0.125])
     # Four standard deviations of a proportion of 20,000 draws are below 0.015.
-    np.testing.assert_allclose(frequencies(logits, temperature, top_k, top_p), expected, atol=0.015)
+    found = frequencies(logits, temperature, top_k, top_p, min_p)
+    np.testing.assert_allclose(found, expected, atol=0.015)

@@ -1,13 +1,25 @@
-"""service.worker.scheduler: by example, and in every order that Hypothesis can think of."""
+"""service.worker.scheduler by example; `test_scheduler_states` tries every order of calls."""
 
-from hypothesis import settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from service.worker.scheduler import Decode, Idle, Prefill, Row, RowKey, Scheduler
+from service.worker.scheduler import Action, Copy, Decode, Idle, Prefill, Row, RowKey, Scheduler
 
 
 def row(name: str, num_prefill_tokens: int = 0) -> Row:
     return Row(RowKey(name, 0), num_prefill_tokens)
+
+
+def outputs(name: str, num_prefill_tokens: int, num_outputs: int) -> list[Row]:
+    """The outputs of one prompt."""
+    return [Row(RowKey(name, k), num_prefill_tokens) for k in range(num_outputs)]
+
+
+def perform(scheduler: Scheduler) -> Action:
+    """The next action, recorded as done."""
+    action = scheduler.next_action()
+    if isinstance(action, Prefill):
+        scheduler.record_prefill(action)
+    elif isinstance(action, Copy):
+        scheduler.record_copy(action)
+    return action
 
 
 def test_an_empty_scheduler_is_idle():
@@ -98,97 +110,106 @@ def test_the_outputs_of_one_request_are_rows_of_their_own():
     assert scheduler.next_action() == Decode((outputs[1],))
 
 
-class AnyOrder(RuleBasedStateMachine):
-    """Submits, starts, acts and removes in any order; everything known is checked throughout."""
-
-    @initialize(num_slots=st.integers(1, 4), chunk_tokens=st.integers(1, 4))
-    def create(self, num_slots: int, chunk_tokens: int) -> None:
-        self.scheduler = Scheduler(num_slots, chunk_tokens)
-        self.num_slots = num_slots
-        self.chunk_tokens = chunk_tokens
-        self.waiting: list[Row] = []
-        self.running: list[Row] = []
-        self.prefilled: dict[Row, int] = {}
-        self.decoded: set[Row] = set()
-        self.last_action: type | None = None
-        self.num_rows = 0
-
-    @rule(prompts=st.lists(st.integers(0, 11), min_size=1, max_size=4))
-    def submit(self, prompts: list[int]) -> None:
-        rows = [row(str(self.num_rows + index), prompt) for index, prompt in enumerate(prompts)]
-        self.num_rows += len(rows)
-        self.waiting += rows
-        self.prefilled.update(dict.fromkeys(rows, 0))
-        self.scheduler.submit(rows)
-
-    @rule()
-    def start(self) -> None:
-        started = self.scheduler.start_waiting()
-        num_free = self.num_slots - len(self.running)
-        assert started == self.waiting[:num_free], "slots are filled, first come, first served"
-        self.running += started
-        del self.waiting[: len(started)]
-
-    @rule()
-    def act(self) -> None:
-        prefilling = [each for each in self.running if not self.is_prefilled(each)]
-        decoding = [each for each in self.running if self.is_prefilled(each)]
-        action = self.scheduler.next_action()
-        match action:
-            case Prefill():
-                assert action.row == prefilling[0], "the oldest prompt comes first"
-                assert not (decoding and self.last_action is Prefill), "decoding rows starve"
-                assert action.start == self.prefilled[action.row], "a gap or an overlap"
-                assert action.start % self.chunk_tokens == 0
-                whole_chunk = action.start + self.chunk_tokens
-                assert action.end == min(whole_chunk, action.row.num_prefill_tokens)
-                self.scheduler.record_prefill(action)
-                self.prefilled[action.row] = action.end
-            case Decode():
-                assert list(action.rows) == decoding, "all rows that can decode do"
-                assert not (prefilling and self.last_action is Decode), "prompts starve"
-                self.decoded.update(action.rows)
-            case Idle():
-                assert self.running == []
-        self.last_action = type(action)
-
-    @rule(data=st.data())
-    def remove(self, data: st.DataObject) -> None:
-        if not self.prefilled:
-            return
-        gone = data.draw(st.sampled_from(list(self.prefilled)))
-        self.scheduler.remove(gone)
-        self.waiting = [each for each in self.waiting if each is not gone]
-        self.running = [each for each in self.running if each is not gone]
-        # So that it is not missed at the end; it may also have been removed before.
-        self.decoded.add(gone)
-
-    @invariant()
-    def slots_are_neither_shared_nor_leaked(self) -> None:
-        held = [each.slot for each in self.running]
-        assert len(set(held)) == len(held)
-        assert set(held) <= set(range(self.num_slots))
-        assert self.scheduler.num_free_slots == self.num_slots - len(held)
-        assert all(each.slot is None for each in self.prefilled if each not in self.running)
-
-    def teardown(self) -> None:
-        """What is left decodes, one row after another, and gives every slot back."""
-        if self.num_rows == 0:
-            return
-        # Every row needs at most 11 chunks, each followed by at most one step, and a last step.
-        for _ in range(23 * self.num_rows):
-            self.start()
-            self.act()
-            for done in [each for each in self.running if each in self.decoded]:
-                self.scheduler.remove(done)
-                self.running.remove(done)
-            self.slots_are_neither_shared_nor_leaked()
-        assert self.decoded == set(self.prefilled), "a row never decoded"
-        assert self.scheduler.num_free_slots == self.num_slots
-
-    def is_prefilled(self, each: Row) -> bool:
-        return self.prefilled[each] >= each.num_prefill_tokens
+def test_outputs_of_one_prompt_prefill_it_once_and_start_together():
+    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    first, second, third = outputs("a", 6, 3)
+    scheduler.submit([first, second, third])
+    scheduler.start_waiting()
+    assert [perform(scheduler) for _ in range(4)] == [
+        Prefill(first, 0, 4),
+        Prefill(first, 4, 6),
+        Copy(first, (second, third)),
+        Decode((first, second, third)),
+    ]
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-test_any_order_of_calls_keeps_every_promise = AnyOrder.TestCase
+def test_a_copy_takes_no_turn_of_a_running_stream():
+    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    stream = row("stream")
+    first, second = outputs("a", 8, 2)
+    scheduler.submit([stream, first, second])
+    scheduler.start_waiting()
+    assert [perform(scheduler) for _ in range(5)] == [
+        Prefill(first, 0, 4),
+        Decode((stream,)),
+        Prefill(first, 4, 8),
+        Copy(first, (second,)),
+        Decode((stream, first, second)),
+    ]
+
+
+def test_an_output_that_gets_a_slot_once_the_first_one_decodes_prefills_for_itself():
+    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    stream = row("stream")
+    first, second = outputs("a", 4, 2)
+    scheduler.submit([stream, first, second])
+    scheduler.start_waiting()
+    assert [perform(scheduler) for _ in range(2)] == [Prefill(first, 0, 4), Decode((stream, first))]
+    scheduler.remove(stream)
+    assert scheduler.start_waiting() == [second]
+    assert [perform(scheduler) for _ in range(2)] == [
+        Prefill(second, 0, 4),
+        Decode((first, second)),
+    ]
+
+
+def test_an_output_that_gets_a_slot_just_before_the_first_one_decodes_is_copied_to():
+    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    stream = row("stream")
+    first, second = outputs("a", 4, 2)
+    scheduler.submit([stream, first, second])
+    scheduler.start_waiting()
+    assert perform(scheduler) == Prefill(first, 0, 4)
+    scheduler.remove(stream)
+    scheduler.start_waiting()
+    assert perform(scheduler) == Copy(first, (second,))
+
+
+def test_if_the_output_that_prefills_leaves_the_next_one_begins_anew():
+    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    first, second, third = outputs("a", 8, 3)
+    scheduler.submit([first, second, third])
+    scheduler.start_waiting()
+    assert perform(scheduler) == Prefill(first, 0, 4)
+    scheduler.remove(first)
+    assert [perform(scheduler) for _ in range(3)] == [
+        Prefill(second, 0, 4),
+        Prefill(second, 4, 8),
+        Copy(second, (third,)),
+    ]
+
+
+def test_if_the_output_to_copy_from_leaves_the_next_one_begins_anew():
+    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    first, second = outputs("a", 4, 2)
+    scheduler.submit([first, second])
+    scheduler.start_waiting()
+    assert perform(scheduler) == Prefill(first, 0, 4)
+    scheduler.remove(first)
+    assert perform(scheduler) == Prefill(second, 0, 4)
+
+
+def test_equal_prompts_of_other_requests_and_of_other_places_are_not_copied():
+    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    one = Row(RowKey("a", 0), 4, prompt_index=0)
+    other_place = Row(RowKey("a", 1), 4, prompt_index=1)
+    other_request = Row(RowKey("b", 0), 4, prompt_index=0)
+    scheduler.submit([one, other_place, other_request])
+    scheduler.start_waiting()
+    assert [perform(scheduler) for _ in range(6)] == [
+        Prefill(one, 0, 4),
+        Decode((one,)),
+        Prefill(other_place, 0, 4),
+        Decode((one, other_place)),
+        Prefill(other_request, 0, 4),
+        Decode((one, other_place, other_request)),
+    ]
+
+
+def test_outputs_of_a_prompt_of_one_token_need_no_copy():
+    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler.submit(outputs("a", 0, 2))
+    scheduler.start_waiting()
+    action = scheduler.next_action()
+    assert isinstance(action, Decode)
+    assert len(action.rows) == 2

@@ -21,16 +21,24 @@ def test_a_prompt_alone_gets_the_documented_defaults():
     assert GenerateRequest(prompt="a").model_dump() == {
         "prompt": "a",
         "max_tokens": 128,
+        "max_length": None,
+        "echo": False,
         "min_tokens": 0,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
         "seed": None,
         "n": 1,
         "logprobs": None,
         "stop": [],
         "stop_token_ids": [],
         "ignore_eos": False,
+        "timeout_s": None,
         "stream": False,
     }
 
@@ -52,6 +60,16 @@ def test_a_prompt_alone_gets_the_documented_defaults():
         ("top_p", TINY),
         ("top_p", 1),
         ("top_p", 1.0),
+        ("min_p", 0),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.1),
+        ("repetition_penalty", 10),
+        ("presence_penalty", -2),
+        ("presence_penalty", 2.0),
+        ("frequency_penalty", -2.0),
+        ("frequency_penalty", 2),
+        ("logit_bias", {"0": -100, "1048575": 100.0, "7": 0}),
+        ("logit_bias", {str(token_id): 1.0 for token_id in range(300)}),
         ("seed", None),
         ("seed", 0),
         ("seed", 2**32 - 1),
@@ -67,6 +85,11 @@ def test_a_prompt_alone_gets_the_documented_defaults():
         ("stop_token_ids", [0, 1_048_575]),
         ("stop_token_ids", [7] * 16),
         ("ignore_eos", True),
+        ("max_length", 2),
+        ("max_length", 1_048_576),
+        ("echo", True),
+        ("timeout_s", TINY),
+        ("timeout_s", 86_400),
         ("stream", True),
     ],
 )
@@ -77,6 +100,29 @@ def test_the_last_value_inside_a_range_is_taken(field, value):
 @pytest.mark.parametrize(
     ("field", "value", "location"),
     [
+        ("max_length", 1, ("max_length",)),
+        ("max_length", 1_048_577, ("max_length",)),
+        ("echo", 1, ("echo",)),
+        ("timeout_s", 0, ("timeout_s",)),
+        ("timeout_s", 86_401, ("timeout_s",)),
+        ("min_p", 1.000001, ("min_p",)),
+        ("min_p", -TINY, ("min_p",)),
+        ("repetition_penalty", 0, ("repetition_penalty",)),
+        ("repetition_penalty", 10.1, ("repetition_penalty",)),
+        ("presence_penalty", -2.01, ("presence_penalty",)),
+        ("frequency_penalty", 2.01, ("frequency_penalty",)),
+        ("logit_bias", [], ("logit_bias",)),
+        ("logit_bias", {"-1": 0}, ("logit_bias", "-1")),
+        ("logit_bias", {"01": 0}, ("logit_bias", "01")),
+        ("logit_bias", {"1048576": 0}, ("logit_bias", "1048576")),
+        ("logit_bias", {"x" * 999: 0}, ("logit_bias", "x" * 7)),
+        ("logit_bias", {"\u0663": 0}, ("logit_bias", "\u0663")),
+        ("logit_bias", {"1": 100.1}, ("logit_bias", "1")),
+        ("logit_bias", {"1": 10**4000}, ("logit_bias", "1")),
+        ("logit_bias", {"1": float("nan")}, ("logit_bias", "1")),
+        ("logit_bias", {"1": True}, ("logit_bias", "1")),
+        ("logit_bias", {"1": "1"}, ("logit_bias", "1")),
+        ("logit_bias", {str(token_id): 1.0 for token_id in range(301)}, ("logit_bias",)),
         ("max_tokens", 0, ("max_tokens",)),
         ("max_tokens", 1_048_577, ("max_tokens",)),
         ("max_tokens", 10**4000, ("max_tokens",)),
@@ -259,3 +305,12 @@ def test_a_reason_for_not_being_ready_is_one_of_five():
     assert Ready(ready=False, reason="compiling", progress=0.4).progress == 0.4
     with pytest.raises(ValidationError):
         Ready.model_validate({"ready": False, "reason": "tired"})
+
+
+def test_max_length_stands_in_place_of_max_tokens():
+    assert errors(max_length=20, max_tokens=10) == [
+        (("max_length",), "should stand in place of max_tokens, not beside it")
+    ]
+    # Only the worker knows how much of it the prompt takes.
+    request = GenerateRequest.model_validate({"prompt": "a", "max_length": 20, "min_tokens": 200})
+    assert request.max_length == 20

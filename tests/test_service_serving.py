@@ -207,6 +207,32 @@ def test_a_request_that_does_not_fit_the_context_is_told_both_numbers(service):
     assert problem["errors"][0]["pointer"] == "/prompt"
 
 
+def test_max_length_counts_the_prompt_of_each_row(service):
+    answer = service.generate(["1 2 3", "5"], max_length=7).json()
+    # <bos> and three words leave three of seven places, <bos> and one leave five.
+    assert [len(output["token_ids"]) for output in answer["outputs"]] == [3, 5]
+    response = service.generate(["5", "1 2 3"], max_length=4)
+    assert response.status_code == 422
+    [error] = response.json()["errors"]
+    assert error["pointer"] == "/max_length"
+    assert error["detail"] == "Counts the 4 tokens of the prompt: at least 5."
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_echo_is_the_prompt_in_front_of_the_text(service, stream):
+    # A stop string that the prompt holds stops nothing there.
+    fields = {"max_tokens": 3, "echo": True, "stop": ["2 3"]}
+    if not stream:
+        [output] = service.generate("1 2 3", **fields).json()["outputs"]
+        text = output["text"]
+    else:
+        with service.stream("1 2 3", **fields) as events:
+            tokens = [event["data"] for event in events if event["event"] == "token"]
+        text = "".join(token["text"] for token in tokens)
+        assert tokens[0]["text"].startswith(" 1 2 3")
+    assert text == " 1 2 3 6 12 24"
+
+
 def test_a_request_that_just_fits_the_context_is_served(service):
     # 4000 ones are 4000 and end in 0, which is bos and adds nothing: 0 for ever.
     [output] = service.generate([1] * 4000, max_tokens=96).json()["outputs"]
@@ -322,6 +348,30 @@ def test_a_request_that_takes_too_long_ends_with_what_it_has(slow):
     assert output["finish_reason"] == "timeout"
     assert output["token_ids"] == continuation([1], 0, len(output["token_ids"]))
     assert 5 <= len(output["token_ids"]) <= 14
+
+
+def test_a_request_may_have_less_time_than_the_service_allows(slow):
+    [output] = slow.generate([1], max_tokens=500, timeout_s=0.7).json()["outputs"]
+    assert output["finish_reason"] == "timeout"
+    assert 1 <= len(output["token_ids"]) <= 5
+    assert output["token_ids"] == continuation([1], 0, len(output["token_ids"]))
+
+
+def test_a_request_that_is_cancelled_by_its_id_ends_with_what_it_has(slow):
+    cancelled_before = slow.metric('gemma_cancelled_total{reason="api"}')
+    with slow.stream([1], max_tokens=1000) as stream:
+        events = (event for event in stream if event["event"] != ":")
+        start, first = next(events), next(events)
+        assert first["event"] == "token"
+        response = slow.client.delete(f"/requests/{start['data']['id']}")
+        assert (response.status_code, response.content) == (204, b"")
+        *tokens, done = events
+    assert [output["finish_reason"] for output in done["data"]["outputs"]] == ["cancelled"]
+    assert len(tokens) <= 3
+    assert slow.metric('gemma_cancelled_total{reason="api"}') == cancelled_before + 1
+    again = slow.client.delete(f"/requests/{start['data']['id']}")
+    assert (again.status_code, again.json()["code"]) == (404, "request_not_found")
+    assert slow.generate([1], max_tokens=1).status_code == 200
 
 
 def test_a_request_without_a_token_in_its_time_is_504(slow):

@@ -25,12 +25,14 @@ class SamplingRows(NamedTuple):
         temperature: 0, or anything below `MIN_TEMPERATURE`, is greedy.
         top_k: 0 is off.
         top_p: 1 is off.
+        min_p: 0 is off.
         seeds: One per row.
     """
 
     temperature: Float[Array, " batch"]
     top_k: Int[Array, " batch"]
     top_p: Float[Array, " batch"]
+    min_p: Float[Array, " batch"]
     seeds: UInt32[Array, " batch"]
 
 
@@ -63,21 +65,26 @@ def draw(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
+    min_p: Float[Array, ""],
     seed: UInt32[Array, ""],
     position: Int[Array, ""],
 ) -> Int[Array, ""]:
-    """A token id from softmax(logits / temperature) cut to top-k, then to top-p.
+    """A token id from softmax(logits / temperature) cut to min-p, then to top-k, then to top-p.
 
     Args:
         logits: float32; −inf excludes a token.
         temperature: At least `MIN_TEMPERATURE`.
         top_k: 0 keeps all.
         top_p: 1 keeps all.
+        min_p: Excludes tokens with less than this share of the likeliest one's probability; 0
+            keeps all.
         seed: Of the row.
         position: Of the token that is drawn, in its own sequence.
     """
     # The largest goes first: a tiny temperature then gives exp(0) and exp(−inf), never inf − inf.
     weights = jnp.exp((logits - jnp.max(logits)) / temperature)
+    # The likeliest token weighs 1, so a weight is a share of its probability.
+    weights = jnp.where(weights >= min_p, weights, 0.0)
     weights = jax.lax.cond(
         top_k > 0, lambda: jnp.where(top_k_mask(logits, top_k), weights, 0.0), lambda: weights
     )

@@ -257,20 +257,37 @@ def _command(body: GenerateRequest, state: ServiceState) -> Generate:
     return Generate(
         request_id=f"gen_{uuid4().hex}",
         tenant=_TENANT,
-        deadline=time.monotonic() + state.settings.request_timeout_seconds,
+        deadline=time.monotonic() + _seconds_allowed(body, state),
         adapter=None,
         prompts=prompts,
         num_choices=body.n,
-        sampling=SamplingParameters(body.temperature, body.top_k, body.top_p, seed),
+        sampling=SamplingParameters(
+            temperature=body.temperature,
+            top_k=body.top_k,
+            top_p=body.top_p,
+            seed=seed,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=tuple((int(key), bias) for key, bias in body.logit_bias.items()),
+        ),
         stop=StopRules(
             max_tokens=body.max_tokens,
             min_tokens=body.min_tokens,
             strings=tuple(body.stop),
             token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
+            max_length=body.max_length,
         ),
         num_logprobs=body.logprobs,
+        echo=body.echo,
     )
+
+
+def _seconds_allowed(body: GenerateRequest, state: ServiceState) -> float:
+    limit = state.settings.request_timeout_seconds
+    return limit if body.timeout_s is None else min(body.timeout_s, limit)
 
 
 def _with_pointers_of(body: GenerateRequest, error: ServiceError) -> ServiceError:

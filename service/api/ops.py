@@ -6,9 +6,10 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api import schemas
-from service.api.schemas import Health, Info, Ready
+from service.api.schemas import Health, Info, Ready, SelfTestResult
 from service.api.state import State
 from service.errors import Loading, WorkerRestarting, error_responses
+from service.protocol.messages import SelfTest
 from service.version import VERSION
 
 router = APIRouter()
@@ -66,6 +67,7 @@ async def info(state: State) -> Info:
         limits=_limits(state, loaded.context_tokens, loaded.vocabulary_size),
         buckets=dict(loaded.buckets),
         programs=list(loaded.programs),
+        self_test=_self_test(loaded.self_test),
         defaults=_defaults(),
         version=VERSION,
     )
@@ -96,6 +98,16 @@ def _limits(state: State, context_tokens: int, vocabulary_size: int) -> dict[str
         "timeout_s": settings.request_timeout_seconds,
         **schemas.field_limits(),
     }
+
+
+def _self_test(passed: SelfTest | None) -> SelfTestResult | None:
+    if passed is None:
+        return None
+    return SelfTestResult(
+        row_counts=list(passed.row_counts),
+        chunk_tokens=list(passed.chunk_tokens),
+        comparisons=passed.num_comparisons,
+    )
 
 
 def _defaults() -> dict[str, Any]:

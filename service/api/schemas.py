@@ -25,6 +25,9 @@ MAX_COMPLETIONS = 64
 MAX_TOKENS = 1_048_576
 MAX_VOCABULARY = 1_048_576
 MAX_STOP_BYTES = 64
+MAX_BIASES = 300
+MAX_BIAS = 100
+_MAX_ID_DIGITS = 7
 # Far above the fields of any request: bounds the work of listing the unknown ones.
 MAX_FIELDS = 64
 
@@ -124,6 +127,37 @@ StopString = Annotated[
 ]
 
 
+def _check_logit_bias(value: object) -> object:
+    """Refuses what is no table of ids and biases, with the pointer of the first thing wrong."""
+    if not isinstance(value, dict):
+        raise _refusal((), "should be an object of token ids and biases")
+    if len(value) > MAX_BIASES:
+        raise _refusal((), f"should have at most {MAX_BIASES} token ids")
+    for key, bias in value.items():
+        if not key.isascii() or not key.isdecimal() or len(key) > _MAX_ID_DIGITS:
+            raise _refusal((key[:_MAX_ID_DIGITS],), "should be a token id")
+        if str(int(key)) != key or int(key) >= MAX_VOCABULARY:
+            raise _refusal((key,), f"should be an id in [0, {MAX_VOCABULARY}) without zeros before")
+        # Not isinstance: a bool is an int.
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise _refusal((key,), f"should be a number in [{-MAX_BIAS}, {MAX_BIAS}]")
+    return {key: float(bias) for key, bias in value.items()}
+
+
+LogitBias = Annotated[
+    dict[str, float],
+    PlainValidator(_check_logit_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,6})$"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+            "maxProperties": MAX_BIASES,
+        }
+    ),
+]
+
+
 class GenerateRequest(_Model):
     """One or more prompts and how to continue them."""
 
@@ -138,6 +172,12 @@ class GenerateRequest(_Model):
         le=MAX_TOKENS,
         description="Most tokens of a completion. With the prompt it must fit the context.",
     )
+    max_length: Annotated[int, Field(ge=2, le=MAX_TOKENS)] | None = Field(
+        None,
+        description="Most tokens of prompt and completion together, as Keras counts; in place of "
+        "`max_tokens`.",
+    )
+    echo: bool = Field(False, description="Let the text begin with the prompt, as in Keras.")
     min_tokens: int = Field(
         0,
         ge=0,
@@ -158,6 +198,32 @@ class GenerateRequest(_Model):
         gt=0,
         le=1,
         description="Draw from the fewest likeliest tokens that hold this share of probability.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Draw from tokens with at least this share of the likeliest's probability.",
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        ge=0.1,
+        le=10,
+        description="Above 1, tokens of prompt and completion get less likely, and below likelier: "
+        "divides their positive logits, multiplies their negative ones.",
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Taken from the logit of a token of the completion."
+    )
+    frequency_penalty: float = Field(
+        0.0,
+        ge=-2,
+        le=2,
+        description="Taken from the logit of a token for each time the completion has it.",
+    )
+    logit_bias: LogitBias = Field(
+        default_factory=dict,
+        description='Added to the logits of these token ids, after penalties: `{"1234": -5}`.',
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         None,
@@ -184,6 +250,11 @@ class GenerateRequest(_Model):
     ignore_eos: bool = Field(
         False, description="Go on past the model's own end tokens; `stop` still holds."
     )
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
+        None,
+        description="Seconds after which the request ends with what it has, `finish_reason` "
+        "`timeout`; at most the server's own limit, which null means.",
+    )
     stream: bool = Field(False, description="Answer with server-sent events as tokens come.")
 
     @model_validator(mode="before")
@@ -195,7 +266,9 @@ class GenerateRequest(_Model):
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> "GenerateRequest":
-        if self.min_tokens > self.max_tokens:
+        if self.max_length is not None and "max_tokens" in self.model_fields_set:
+            raise _refusal(("max_length",), "should stand in place of max_tokens, not beside it")
+        if self.max_length is None and self.min_tokens > self.max_tokens:
             raise _refusal(("min_tokens",), f"should be at most max_tokens, {self.max_tokens}")
         if len(self.prompts()) * self.n > MAX_COMPLETIONS:
             raise _refusal(("n",), f"times the prompts should be at most {MAX_COMPLETIONS}")
@@ -211,7 +284,8 @@ class GenerateRequest(_Model):
 
 def field_limits() -> dict[str, dict[str, float]]:
     """The closed range of every number of `GenerateRequest`, read from the schema itself."""
-    keywords = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "maxItems")
+    bounds = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+    keywords = (*bounds, "maxItems", "maxProperties")
     limits = {}
     for name, schema in GenerateRequest.model_json_schema()["properties"].items():
         variants = [schema, *schema.get("anyOf", [])] if name != "prompt" else []
@@ -288,6 +362,15 @@ class Ready(_Model):
     )
 
 
+class SelfTestResult(_Model):
+    """Compared before the first request, and equal to the last bit."""
+
+    passed: Literal[True] = Field(True, description="A service whose test fails does not start.")
+    row_counts: list[int] = Field(description="Rows that a decode step was run with.")
+    chunk_tokens: list[int] = Field(description="Tokens that a chunk of a prompt was padded to.")
+    comparisons: int = Field(description="Rows and positions whose bits were compared.")
+
+
 class Info(_Model):
     """What is served, on what, and within which limits."""
 
@@ -315,5 +398,9 @@ class Info(_Model):
     limits: dict[str, Any]
     buckets: dict[str, Any]
     programs: list[str]
+    self_test: SelfTestResult | None = Field(
+        description="That answers do not depend on company, as tried on this machine; null for a "
+        "model that needs no such test."
+    )
     defaults: dict[str, Any]
     version: str

@@ -29,22 +29,32 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class SamplingParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the tokens of a request are drawn. ``temperature`` 0 is greedy."""
+    """How the tokens of a request are drawn.
+
+    ``temperature`` 0 is greedy; 0 is off for ``top_k``, ``min_p`` and two of the penalties, 1 for
+    ``top_p`` and ``repetition_penalty``. ``logit_bias`` are pairs of id and bias.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class StopRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When a completion ends."""
+    """When a completion ends. With a ``max_length`` the prompt counts, and not ``max_tokens``."""
 
     max_tokens: int
     min_tokens: int
     strings: tuple[str, ...]
     token_ids: tuple[int, ...]
     ignore_eos: bool
+    max_length: int | None = None
 
 
 # --- commands ---------------------------------------------------------------------------------
@@ -85,6 +95,7 @@ class Generate(Message, frozen=True):
         sampling: Output k draws with seed (seed + k) mod 2³².
         stop: When a completion ends.
         num_logprobs: None, or alternatives per token.
+        echo: Whether the text of each output begins with its prompt.
     """
 
     request_id: str
@@ -96,6 +107,7 @@ class Generate(Message, frozen=True):
     sampling: SamplingParameters
     stop: StopRules
     num_logprobs: int | None
+    echo: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -118,6 +130,14 @@ class Progress(Message, frozen=True):
     total: float
 
 
+class SelfTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was compared, and found equal, before the first request."""
+
+    row_counts: tuple[int, ...]
+    chunk_tokens: tuple[int, ...]
+    num_comparisons: int
+
+
 class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the worker has loaded, for `/info`."""
 
@@ -138,6 +158,7 @@ class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     buckets: dict[str, list[int]]
     programs: tuple[str, ...]
     has_tokenizer: bool
+    self_test: SelfTest | None
 
 
 class Ready(Message, frozen=True):

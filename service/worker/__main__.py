@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from model.errors import ModelError, PresetError
+from model.errors import ModelError, PresetError, SelfTestFailed
 from model.slots import Engine, EngineLoader
 from service.logs import log_to_stderr
 from service.protocol.framing import ProtocolError
@@ -67,7 +67,7 @@ class Worker:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
             engine = self._load(load)
-        except PresetError as error:
+        except (PresetError, SelfTestFailed) as error:
             return self._refuse_to_load(str(error), is_permanent=True)
         except Exception as error:
             log.exception("loading failed")

@@ -8,8 +8,10 @@ import threading
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from model.slots import EngineInfo, TextCodec
-from service.protocol.messages import Accepted, Failed, Generate
+from service.protocol.messages import Accepted, Failed, Generate, StopRules
 from service.worker.completion import Completion
 from service.worker.scheduler import Row, RowKey
 from service.worker.translate import sampling_of_output
@@ -87,10 +89,11 @@ class Admission:
         ]
         self._check_stop_strings(command)
         self._check_ids(command)
-        for index, prompt in enumerate(prompts):
-            self._check_length(command, index, len(prompt))
+        stops = [
+            self._stop_rules(command, index, len(prompt)) for index, prompt in enumerate(prompts)
+        ]
         completions = [
-            self._completion(command, output, prompts[output // command.num_choices])
+            self._completion(command, output, prompts, stops)
             for output in range(len(prompts) * command.num_choices)
         ]
         self._reserve(command, completions)
@@ -135,6 +138,10 @@ class Admission:
         if command.sampling.top_k > vocab:
             detail = f"Must be in [0, {vocab}], the size of the vocabulary."
             raise _refusal(command, "invalid_field", detail, "/top_k")
+        for token_id, _ in command.sampling.logit_bias:
+            if token_id >= vocab:
+                detail = f"A token id must be in [0, {vocab})."
+                raise _refusal(command, "invalid_field", detail, f"/logit_bias/{token_id}")
 
     def _check_vocabulary(self, command: Generate, ids: tuple[int, ...], pointer: str) -> None:
         vocab = self._info.vocabulary_size
@@ -143,28 +150,53 @@ class Admission:
                 detail = f"A token id must be in [0, {vocab})."
                 raise _refusal(command, "invalid_field", detail, f"{pointer}/{place}")
 
-    def _check_length(self, command: Generate, index: int, num_prompt_tokens: int) -> None:
+    def _stop_rules(self, command: Generate, index: int, num_prompt_tokens: int) -> StopRules:
+        """When the outputs of one prompt end, with ``max_tokens`` counted from ``max_length``."""
+        stop = command.stop
+        if stop.max_length is not None:
+            room = stop.max_length - num_prompt_tokens
+            if room < max(stop.min_tokens, 1):
+                least = num_prompt_tokens + max(stop.min_tokens, 1)
+                detail = f"Counts the {num_prompt_tokens} tokens of the prompt: at least {least}."
+                raise _refusal(command, "invalid_field", detail, "/max_length")
+            stop = msgspec.structs.replace(stop, max_tokens=room)
+        self._check_length(command, index, num_prompt_tokens, stop.max_tokens)
+        return stop
+
+    def _check_length(
+        self, command: Generate, index: int, num_prompt_tokens: int, max_tokens: int
+    ) -> None:
         context = self._info.context_tokens
-        if num_prompt_tokens + command.stop.max_tokens <= context:
+        if num_prompt_tokens + max_tokens <= context:
             return
         room = context - num_prompt_tokens
         remedy = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
         detail = (
             f"The prompt has {num_prompt_tokens} tokens and max_tokens is "
-            f"{command.stop.max_tokens}; together they exceed the context of {context} tokens. "
+            f"{max_tokens}; together they exceed the context of {context} tokens. "
             f"Please {remedy}."
         )
         pointer = _prompt_pointer(index)
         raise _refusal(command, "context_length_exceeded", detail, pointer)
 
-    def _completion(self, command: Generate, output: int, prompt: tuple[int, ...]) -> Completion:
+    def _completion(
+        self,
+        command: Generate,
+        output: int,
+        prompts: list[tuple[int, ...]],
+        stops: list[StopRules],
+    ) -> Completion:
+        prompt_index = output // command.num_choices
+        prompt = prompts[prompt_index]
+        key = RowKey(command.request_id, output)
         return Completion(
-            row=Row(RowKey(command.request_id, output), num_prefill_tokens=len(prompt) - 1),
+            row=Row(key, num_prefill_tokens=len(prompt) - 1, prompt_index=prompt_index),
             prompt=prompt,
             sampling=sampling_of_output(command.sampling, output),
-            stop=command.stop,
+            stop=stops[prompt_index],
             num_logprobs=command.num_logprobs,
             codec=self._codec,
+            echo=command.echo,
         )
 
     def _reserve(self, command: Generate, completions: list[Completion]) -> None:

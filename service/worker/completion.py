@@ -27,6 +27,7 @@ class Completion:
         stop: When it ends.
         num_logprobs: None, or alternatives per token.
         codec: Of the engine.
+        echo: Whether the text begins with the prompt.
     """
 
     def __init__(
@@ -37,12 +38,16 @@ class Completion:
         stop: StopRules,
         num_logprobs: int | None,
         codec: TextCodec,
+        *,
+        echo: bool = False,
     ) -> None:
         self.row = row
         self.prompt = prompt
         self.end: OutputEnd | None = None
         self.num_tokens = 0
         self._newest = prompt[-1]
+        # Kept only where what was generated changes what comes next.
+        self._generated: list[int] = []
         self._sampling = sampling
         self._stop = stop
         self._num_logprobs = num_logprobs
@@ -50,11 +55,15 @@ class Completion:
         eos_ids = () if stop.ignore_eos else codec.stop_ids
         self._stop_ids = frozenset((*eos_ids, *stop.token_ids))
         self._detokenizer = StreamingDetokenizer(codec.piece_bytes, stop.strings)
+        # A stop string in the prompt stops nothing, and is text.
+        echoed = prompt if echo else ()
+        self._unsent = "".join(self._detokenizer.add(id_, may_stop=False) for id_ in echoed)
 
     def decode_row(self) -> DecodeRow:
         """This output's row of the next decode step."""
         assert self.row.slot is not None, "only a row with a slot decodes"
         may_stop = self.num_tokens >= self._stop.min_tokens
+        has_penalties = self._sampling.has_penalties
         return DecodeRow(
             slot=self.row.slot,
             token_id=self._newest,
@@ -62,6 +71,8 @@ class Completion:
             sampling=self._sampling,
             banned_ids=() if may_stop else tuple(sorted(self._stop_ids)),
             num_logprobs=self._num_logprobs,
+            prompt=self.prompt if has_penalties else (),
+            generated=self._generated if has_penalties else (),
         )
 
     def take(self, token: SampledToken) -> Step:
@@ -69,8 +80,12 @@ class Completion:
         assert self.end is None, "a token after the end"
         self._newest = token.token_id
         self.num_tokens += 1
+        if self._sampling.has_penalties:
+            self._generated.append(token.token_id)
         # A token that stops is counted and has its id sent, but adds no text.
-        text = "" if token.token_id in self._stop_ids else self._add_text(token.token_id)
+        text = self._take_unsent()
+        if token.token_id not in self._stop_ids:
+            text += self._add_text(token.token_id)
         text += self._end_if_due(token.token_id)
         piece = Piece(
             request_id=self.row.key.request_id,
@@ -85,8 +100,12 @@ class Completion:
         """Ends the output from outside; the piece holds text that was held back."""
         assert self.end is None, "ended twice"
         self._finish(reason, None)
-        text = self._detokenizer.finish()
+        text = self._take_unsent() + self._detokenizer.finish()
         return Piece(self.row.key.request_id, self.row.key.output, (), text, ())
+
+    def _take_unsent(self) -> str:
+        text, self._unsent = self._unsent, ""
+        return text
 
     def _add_text(self, token_id: int) -> str:
         return self._detokenizer.add(token_id, may_stop=self.num_tokens >= self._stop.min_tokens)

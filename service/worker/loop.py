@@ -5,7 +5,7 @@ One turn:
 1. take in what the reader admitted and who cancelled (wait only when there is nothing to do);
 2. end what is cancelled or past its deadline;
 3. give free slots to waiting rows;
-4. do one action of the scheduler: a prefill chunk, or a decode step of all rows;
+4. do one action of the scheduler: a prefill chunk, a copy, or a decode step of all rows;
 5. send everything that the turn made in one frame.
 """
 
@@ -25,7 +25,7 @@ from service.protocol.messages import (
 )
 from service.worker.admission import Admission, AdmittedRequest
 from service.worker.completion import Completion
-from service.worker.scheduler import Decode, Idle, Prefill, RowKey, Scheduler
+from service.worker.scheduler import Copy, Decode, Idle, Prefill, RowKey, Scheduler
 
 Arrival = AdmittedRequest | Cancel
 # Bounds how late a deadline is noticed while nothing else happens.
@@ -100,6 +100,9 @@ class Loop:
             case Prefill():
                 self._status.enter("step")
                 self._prefill(action)
+            case Copy():
+                self._status.enter("step")
+                self._copy(action)
             case Decode():
                 self._status.enter("step")
                 self._decode(action)
@@ -148,6 +151,15 @@ class Loop:
         chunk = completion.prompt[action.start : action.end]
         self._engine.prefill(action.row.slot, chunk, action.start)
         self._scheduler.record_prefill(action)
+
+    def _copy(self, action: Copy) -> None:
+        slots = []
+        for row in (action.source, *action.targets):
+            assert row.slot is not None
+            slots.append(row.slot)
+        source, *targets = slots
+        self._engine.copy(source, targets, action.source.num_prefill_tokens)
+        self._scheduler.record_copy(action)
 
     def _decode(self, action: Decode) -> None:
         completions = [self._completions[row.key] for row in action.rows]

@@ -7,6 +7,11 @@ with all other rows that do, and gives its slot back::
 
 While rows decode, chunks and decode steps take turns, so a long prompt delays a running stream by
 one chunk at a time and never by its whole length.
+
+Outputs of one request that continue the same prompt share its prefill: the first one with a slot
+prefills, and what it wrote is copied to the others that have a slot by then, before it decodes. A
+later one prefills for itself, as decoding may have overwritten part of the prompt. Should the first
+one leave before, the next one begins anew.
 """
 
 from collections import deque
@@ -29,18 +34,25 @@ class Row:
     Attributes:
         key: Which output.
         num_prefill_tokens: Prompt tokens to prefill: all but the last, which is decoded.
+        prompt_index: Which prompt of its request it continues.
         slot: Set while the row has one.
         num_prefilled: Of `num_prefill_tokens`.
     """
 
     key: RowKey
     num_prefill_tokens: int
+    prompt_index: int = 0
     slot: int | None = None
     num_prefilled: int = 0
 
     @property
     def is_prefilled(self) -> bool:
         return self.num_prefilled >= self.num_prefill_tokens
+
+    def shares_prompt_with(self, other: "Row") -> bool:
+        """Whether both are outputs of the same prompt of the same request."""
+        own = (self.key.request_id, self.prompt_index)
+        return own == (other.key.request_id, other.prompt_index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,14 @@ class Prefill:
     row: Row
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Give ``targets`` what was prefilled for ``source``."""
+
+    source: Row
+    targets: tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +84,7 @@ class Idle:
     """Nothing to do until something is submitted."""
 
 
-Action = Prefill | Decode | Idle
+Action = Prefill | Copy | Decode | Idle
 
 
 class Scheduler:
@@ -81,6 +101,8 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._prefilled_last = False
+        # The row whose slot holds its prompt and nothing decoded yet.
+        self._copy_source: Row | None = None
 
     @property
     def num_free_slots(self) -> int:
@@ -101,7 +123,9 @@ class Scheduler:
         return started
 
     def next_action(self) -> Action:
-        """What to do now. The caller does it and then calls this again."""
+        """What to do now. The caller does it, records it, and then calls this again."""
+        if copy := self._due_copy():
+            return copy
         prefilling = next((row for row in self._running if not row.is_prefilled), None)
         decoding = tuple(row for row in self._running if row.is_prefilled)
         if prefilling is not None and not (decoding and self._prefilled_last):
@@ -110,17 +134,37 @@ class Scheduler:
             end = min(start + self._chunk_tokens, prefilling.num_prefill_tokens)
             return Prefill(prefilling, start, end)
         self._prefilled_last = False
+        self._copy_source = None
         return Decode(decoding) if decoding else Idle()
 
     def record_prefill(self, action: Prefill) -> None:
         """The chunk is in the cache."""
         action.row.num_prefilled = action.end
+        if action.row.is_prefilled:
+            self._copy_source = action.row
+
+    def record_copy(self, action: Copy) -> None:
+        """The prompt is in the cache of every target."""
+        for row in action.targets:
+            row.num_prefilled = row.num_prefill_tokens
 
     def remove(self, row: Row) -> None:
         """The row ended, wherever it stood; its slot is free. May be called twice."""
+        if row is self._copy_source:
+            self._copy_source = None
         if row.slot is not None:
             self._running.remove(row)
             self._free_slots.append(row.slot)
             row.slot = None
         elif row in self._waiting:
             self._waiting.remove(row)
+
+    def _due_copy(self) -> Copy | None:
+        """A copy is short, so it takes no turn of chunks and steps: it happens at once."""
+        source = self._copy_source
+        if source is None:
+            return None
+        targets = tuple(
+            row for row in self._running if not row.is_prefilled and row.shares_prompt_with(source)
+        )
+        return Copy(source, targets) if targets else None

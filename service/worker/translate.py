@@ -3,6 +3,7 @@
 The model raises `model.errors` only, and this is the only place that maps them to codes.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import ModelError, RequestInvalid, SequenceTooLong, TokenOutOfRange
@@ -10,6 +11,7 @@ from model.slots import EngineInfo, EngineOptions, SampledToken, Sampling, TextC
 from service.protocol.messages import (
     Load,
     SamplingParameters,
+    SelfTest,
     ServerInfo,
     TokenLogprob,
     TokenLogprobs,
@@ -29,7 +31,10 @@ def engine_options(load: Load) -> EngineOptions:
 
 def server_info(info: EngineInfo) -> ServerInfo:
     """What `/info` shows of the engine."""
-    return ServerInfo(**{name: getattr(info, name) for name in ServerInfo.__struct_fields__})
+    shown = {name: getattr(info, name) for name in ServerInfo.__struct_fields__}
+    if info.self_test is not None:
+        shown["self_test"] = SelfTest(**asdict(info.self_test))
+    return ServerInfo(**shown)
 
 
 def sampling_of_output(parameters: SamplingParameters, output: int) -> Sampling:
@@ -39,6 +44,11 @@ def sampling_of_output(parameters: SamplingParameters, output: int) -> Sampling:
         top_k=parameters.top_k,
         top_p=parameters.top_p,
         seed=(parameters.seed + output) % _SEED_LIMIT,
+        min_p=parameters.min_p,
+        repetition_penalty=parameters.repetition_penalty,
+        presence_penalty=parameters.presence_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        logit_bias=parameters.logit_bias,
     )
 
 

@@ -59,6 +59,7 @@ class ArithmeticEngine:
         self._step_seconds = float(os.environ.get("ARITHMETIC_STEP_SECONDS", "0"))
         self.num_compilations = 0
         self.num_decoded_tokens = 0
+        self._has_prefilled_once = False
 
     @property
     def info(self) -> EngineInfo:
@@ -85,6 +86,16 @@ class ArithmeticEngine:
         assert 0 < len(token_ids) <= CHUNK_TOKENS
         self._slots[slot][start:] = token_ids
         assert len(self._slots[slot]) == start + len(token_ids), "a chunk is missing"
+        if ONCE in token_ids:
+            assert not self._has_prefilled_once, "prefilled twice"
+            self._has_prefilled_once = True
+        time.sleep(self._step_seconds)
+
+    def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
+        assert len(self._slots[source]) == num_tokens, "something was decoded in the source"
+        assert source not in targets
+        for target in targets:
+            self._slots[target] = list(self._slots[source])
         time.sleep(self._step_seconds)
 
     def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
@@ -112,6 +123,8 @@ NOT_FINITE = 901
 RAISE = 902
 EXIT = 903
 HANG = 904
+# Only its second prefill fails.
+ONCE = 905
 
 
 def _misbehave(tokens: Sequence[int]) -> None:

@@ -1,0 +1,234 @@
+"""Whether a row's bits depend on its company, tried on this machine with the programs that serve.
+
+The programs are written so that they cannot (`model.gemma.padded_rows`, `model.gemma.attention`),
+but that rests on what XLA makes of a product on a kind of processor. So an engine is tried before
+its first request, on its own slots; what they hold afterwards is never seen. Three claims:
+
+* a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
+  there and whatever follows in the chunk, tokens or padding;
+* a copied prompt is the prompt;
+* a step gives a row the same bits alone and in any number of rows, at any place, however long its
+  neighbours are and however they draw.
+
+What is compared is all that leaves a step: the token, the likeliest alternatives, their
+log-probabilities, and the keys and values that it wrote in every layer.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from model.errors import SelfTestFailed
+from model.gemma.kv_cache import LayerCache
+from model.slots import MAX_LOGPROBS, DecodeRow, EngineInfo, SampledToken, Sampling, SelfTest
+
+# A prime: its multiples spread over a vocabulary of any size.
+_ID_STRIDE = 104_729
+
+# Rows take turns with these, so that each meets neighbours that draw in another way.
+_SAMPLINGS = (
+    Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0),
+    Sampling(temperature=0.9, top_k=0, top_p=0.95, seed=11),
+    Sampling(temperature=1.5, top_k=40, top_p=1.0, seed=12),
+    Sampling(1.0, 0, 1.0, 13, min_p=0.01, repetition_penalty=1.3, logit_bias=((9, 1.0),)),
+)
+
+_MAX_POSITIONS = 32
+
+_REPORT = "please report this line with the model and the processor."
+
+KeysAndValues = Float32[np.ndarray, "arrays kv_heads head_dim"]
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """An engine, and a look into its slots."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None: ...
+
+    def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None: ...
+
+    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]: ...
+
+    def keys_and_values(self, slot: int, position: int) -> KeysAndValues:
+        """What stands at one position of a slot: keys and values of every layer."""
+
+
+@jax.jit
+def read_position(
+    caches: list[LayerCache], slot: Int[Array, ""], position: Int[Array, ""]
+) -> Float[Array, "arrays kv_heads head_dim"]:
+    """Keys and values of every layer at one position of a slot."""
+    return jnp.stack(
+        [array[slot, :, position % cache.num_positions] for cache in caches for array in cache]
+    )
+
+
+def compare_bits(subject: Subject) -> SelfTest:
+    """Tries all claims.
+
+    Raises:
+        SelfTestFailed: Bits differ. The message says where, and what can be done.
+    """
+    info = subject.info
+    num_tokens = min(info.context_tokens, 2 * info.chunk_tokens)
+    token_ids = [_ID_STRIDE * (i + 1) % info.vocabulary_size for i in range(num_tokens)]
+    num_held, num_positions = _compare_chunks(subject, token_ids)
+    num_positions += _compare_copy(subject, num_held)
+    num_rows = _compare_rows(subject, token_ids, num_held)
+    return SelfTest(
+        row_counts=tuple(info.buckets["decode_rows"]),
+        chunk_tokens=tuple(info.buckets["prefill_tokens"]),
+        num_comparisons=num_positions + num_rows,
+    )
+
+
+class _Chunk(NamedTuple):
+    slot: int
+    start: int
+    num_tokens: int
+
+
+def _chunk_pairs(info: EngineInfo) -> list[tuple[_Chunk, _Chunk]]:
+    """Two chunks for each program, one padded and one full, the longest last and into slot 0.
+
+    There the prompt goes on into a second block of keys. One program will do for that: the products
+    are those of the first block, only the attention has more to walk.
+    """
+    room = min(info.context_tokens, info.chunk_tokens)
+    sizes = [0, *info.buckets["prefill_tokens"]]
+    spans = [(low, min(high, room)) for low, high in pairwise(sizes) if low < room]
+    pairs = []
+    for place, (low, high) in enumerate(spans):
+        slot = 2 * (len(spans) - 1 - place)
+        padded = _Chunk((slot + 1) % info.num_slots, 0, (low + high) // 2 + 1)
+        pairs.append((padded, _Chunk(slot % info.num_slots, 0, high)))
+    start = info.chunk_tokens
+    high = min(info.context_tokens - start, sizes[1])
+    if high > 0:
+        pairs.append((_Chunk(0, start, high // 2 + 1), _Chunk(0, start, high)))
+    return pairs
+
+
+def _compare_chunks(subject: Subject, token_ids: Sequence[int]) -> tuple[list[int], int]:
+    """How many tokens of the prompt each slot then holds, and how many positions were compared."""
+    num_held = [0] * subject.info.num_slots
+    num_compared = 0
+    for pair in _chunk_pairs(subject.info):
+        positions = _some_positions(pair[0].start, pair[0].num_tokens)
+        written = []
+        for slot, start, num_tokens in pair:
+            num_held[slot] = start + num_tokens
+            subject.prefill(slot, token_ids[start : num_held[slot]], start)
+            written.append([_held_bits(subject, slot, position) for position in positions])
+        for position, padded, full in zip(positions, *written, strict=True):
+            if padded != full:
+                raise SelfTestFailed(
+                    f"Position {position} of a prompt gets other bits among "
+                    f"{pair[0].num_tokens} tokens than among {pair[1].num_tokens} on "
+                    f"{_machine(subject.info)}, so answers would depend on what they cannot see. "
+                    f"No setting avoids it; {_REPORT}"
+                )
+            num_compared += 1
+    return num_held, num_compared
+
+
+def _some_positions(start: int, num_tokens: int) -> range:
+    """At most `_MAX_POSITIONS` from ``start``, evenly spread."""
+    return range(start, start + num_tokens, -(-num_tokens // _MAX_POSITIONS))
+
+
+def _compare_copy(subject: Subject, num_held: list[int]) -> int:
+    """Gives slot 1 what slot 0 holds; returns how many positions were compared."""
+    if len(num_held) == 1:
+        return 0
+    num_held[1] = num_held[0]
+    subject.copy(0, [1], num_held[0])
+    positions = _some_positions(0, num_held[0])
+    for position in positions:
+        if _held_bits(subject, 0, position) != _held_bits(subject, 1, position):
+            raise SelfTestFailed(
+                f"Position {position} of a prompt has other bits in a copy on "
+                f"{_machine(subject.info)}. No setting avoids it; {_REPORT}"
+            )
+    return len(positions)
+
+
+def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence[int]) -> int:
+    """Steps of one row each, then of two, three and more; returns how many rows were compared.
+
+    The last token that a slot holds is decoded, as it would be for a request.
+    """
+    largest = subject.info.buckets["decode_rows"][-1]
+    rows = [
+        _row(slot, max(num_tokens - 1, 0), token_ids)
+        for slot, num_tokens in enumerate(num_held[:largest])
+    ]
+    alone = {row.slot: _step(subject, [row])[0] for row in rows}
+    num_compared = 0
+    for count in range(2, len(rows) + 1):
+        # Another first row each time, so that rows stand at several places.
+        batch = [rows[(count + place) % len(rows)] for place in range(count)]
+        for place, (row, bits) in enumerate(zip(batch, _step(subject, batch), strict=True)):
+            if bits != alone[row.slot]:
+                raise SelfTestFailed(
+                    f"A row gets other bits among {count} (at place {place}, position "
+                    f"{row.position}) than alone on {_machine(subject.info)}, so answers would "
+                    f"depend on what else runs. {_remedy(subject.info, count)}"
+                )
+            num_compared += 1
+    return num_compared
+
+
+def _row(slot: int, position: int, token_ids: Sequence[int]) -> DecodeRow:
+    return DecodeRow(
+        slot,
+        token_ids[position],
+        position,
+        _SAMPLINGS[slot % len(_SAMPLINGS)],
+        num_logprobs=MAX_LOGPROBS,
+        prompt=token_ids[:position],
+        generated=token_ids[position : position + 1],
+    )
+
+
+def _step(subject: Subject, rows: Sequence[DecodeRow]) -> list[bytes]:
+    """All that one step gives each row, and leaves in its slot."""
+    return [
+        _bits(token) + _held_bits(subject, row.slot, row.position)
+        for row, token in zip(rows, subject.decode(rows), strict=True)
+    ]
+
+
+def _held_bits(subject: Subject, slot: int, position: int) -> bytes:
+    return subject.keys_and_values(slot, position).tobytes()
+
+
+def _bits(token: SampledToken) -> bytes:
+    ids = [token.token_id, *(id_ for id_, _ in token.top)]
+    logprobs = [token.logprob, *(logprob for _, logprob in token.top)]
+    return (
+        np.array([token.is_finite, *ids], np.int64).tobytes()
+        + np.array(logprobs, np.float32).tobytes()
+    )
+
+
+def _remedy(info: EngineInfo, count: int) -> str:
+    """Fewer slots, if fewer rows agreed: they need none of the larger programs."""
+    program = next(rows for rows in info.buckets["decode_rows"] if rows >= count)
+    agreed = [rows for rows in info.buckets["decode_rows"] if rows < program]
+    if not agreed:
+        return f"No number of slots avoids it; {_REPORT}"
+    return f"Serve with --slots {agreed[-1]}, which gave equal bits, and {_REPORT}"
+
+
+def _machine(info: EngineInfo) -> str:
+    return f"this machine ({info.backend}, {info.device})"

@@ -1,0 +1,105 @@
+"""Answers under mixed random load are, to the last bit, those of the same requests sent alone.
+
+`make test` compares some hundred answers; GEMMA_CAMPAIGN_ANSWERS sets another number, as
+`make nightly` does.
+"""
+
+import asyncio
+import os
+import random
+
+import httpx
+import pytest
+
+from tests.service_process import eventually, running_service
+
+NUM_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_ANSWERS", "200"))
+CONTEXT_TOKENS = 768
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, cache_dir):
+    """The real engine on the tiny preset: four slots, so that most requests wait and mix."""
+    with running_service(
+        tmp_path_factory.mktemp("company"),
+        "--engine=model.engine:load",
+        "--preset=tiny",
+        f"--cache-dir={cache_dir}",
+        "--slots=4",
+        f"--context-tokens={CONTEXT_TOKENS}",
+        is_ready=False,
+    ) as running:
+        assert eventually(running.is_ready, 120), running.log
+        yield running
+
+
+def random_request(draw):
+    """Any prompt that fits, and any way to draw; short answers, as there are many."""
+    num_prompt = draw.choice([1, 2, 7, 31, 32, 33, 64, 200, 255, 256, 257, 300, 513, 600])
+    body = {
+        "prompt": [draw.randrange(12, 512) for _ in range(num_prompt)],
+        "max_tokens": draw.randint(1, 12),
+        "seed": draw.randrange(2**32),
+        "temperature": draw.choice([0, 0.3, 1.0, 2.5]),
+        "n": draw.choice([1, 1, 1, 2, 4]),
+        "logprobs": draw.choice([None, 0, 3, 20]),
+        "ignore_eos": draw.random() < 0.5,
+    }
+    if draw.random() < 0.4:
+        body |= {"top_k": draw.choice([1, 5, 40]), "top_p": draw.choice([0.3, 0.9, 1.0])}
+    if draw.random() < 0.3:
+        body["min_p"] = draw.choice([0.01, 0.2])
+    if draw.random() < 0.3:
+        body |= {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.2}
+    if draw.random() < 0.3:
+        body["logit_bias"] = {str(draw.randrange(512)): draw.uniform(-5, 5) for _ in range(9)}
+    if draw.random() < 0.2:
+        body["min_tokens"] = body["max_tokens"]
+    return body
+
+
+def parts(answer):
+    """All of an answer that belongs to the request, floats as they are written: to the last bit."""
+    return [
+        (output["token_ids"], output["text"], output["finish_reason"], output["logprobs"])
+        for output in answer["outputs"]
+    ]
+
+
+async def post_all(url, bodies, at_once):
+    limit = asyncio.Semaphore(at_once)
+    limits = httpx.Limits(max_connections=at_once)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
+
+        async def post(body):
+            async with limit:
+                response = await client.post("/generate", json=body)
+                assert response.status_code == 200, response.text
+                return parts(response.json())
+
+        return await asyncio.gather(*(post(body) for body in bodies))
+
+
+def test_every_answer_in_company_is_the_answer_alone(service):
+    draw = random.Random(20261122)
+    bodies = []
+    while sum(body["n"] for body in bodies) < NUM_ANSWERS:
+        bodies.append(random_request(draw))
+    together = asyncio.run(post_all(service.url, bodies, at_once=24))
+    compilations = service.metric('gemma_compilations_total{phase="serving"}')
+    alone = asyncio.run(post_all(service.url, bodies, at_once=1))
+    different = [
+        number
+        for number, pair in enumerate(zip(together, alone, strict=True))
+        if pair[0] != pair[1]
+    ]
+    assert different == []
+    assert compilations == 0
+
+
+def test_another_seed_or_a_neighbouring_bias_would_be_noticed(service):
+    """The comparison can fail: what is compared changes with the least part of a request."""
+    body = {"prompt": [40, 77, 91], "max_tokens": 8, "temperature": 1.0, "seed": 5, "logprobs": 3}
+    changed = [{**body, "seed": 6}, {**body, "prompt": [40, 77, 92]}]
+    first, *others = asyncio.run(post_all(service.url, [body, *changed], at_once=1))
+    assert all(other != first for other in others)

@@ -1,0 +1,338 @@
+"""The self-test finds one unit in the last place of one row, and is not run twice for nothing."""
+
+import asyncio
+import json
+import subprocess
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.engine import load
+from model.errors import SelfTestFailed
+from model.progress import no_progress
+from model.self_test import compare_bits
+from model.self_test_record import claim_of, keep_result, kept_result
+from model.slots import EngineInfo, EngineOptions, SampledToken, SelfTest
+from service.api import ops
+from service.api.state import ServiceState
+from service.export_openapi import NoWorker
+from service.observability import Metrics
+from service.settings import Settings
+from service.worker.translate import server_info
+from service.worker_client import WorkerClient
+from tests import goldens
+from tests.service_process import REPOSITORY, command
+
+CHUNKS = (32, 64, 128, 256)
+PASSED = SelfTest((2, 4), CHUNKS, 112 + 32 + 9)
+
+
+class Tape:
+    """An engine of sums: a position holds the sum of the tokens up to it, and so does its answer.
+
+    What disturbs it sees how many rows or tokens run together, the place among them and the value.
+    """
+
+    def __init__(self, num_slots=8, context_tokens=1024, row_counts=(2, 4, 8)):
+        self.info = EngineInfo(
+            preset="x", preset_digest="x", family="x", is_instruct=None, num_parameters=0,
+            dtype="x", backend="paper", device="tape", kernels=(), context_tokens=context_tokens,
+            num_slots=num_slots, vocabulary_size=1000, num_layers=1, hidden_dim=1,
+            chunk_tokens=256,
+            buckets={"decode_rows": [*row_counts], "prefill_tokens": [*CHUNKS]},
+        )  # fmt: skip
+        self.sums = np.full((num_slots, context_tokens), np.nan, np.float32)
+        self.steps = []
+        self.chunks = []
+        self.disturb_step = self.disturb_chunk = self.disturb_answer = lambda count, place, x: x
+
+    def prefill(self, slot, token_ids, start):
+        assert start % 256 == 0
+        assert len(token_ids) <= 256
+        self.chunks.append((slot, start, len(token_ids)))
+        before = self.sums[slot, start - 1] if start else np.float32(0)
+        for place, token_id in enumerate(token_ids):
+            before = before + np.float32(token_id)
+            self.sums[slot, start + place] = self.disturb_chunk(len(token_ids), place, before)
+
+    def decode(self, rows):
+        self.steps.append([row.slot for row in rows])
+        return [self._decode_row(len(rows), place, row) for place, row in enumerate(rows)]
+
+    def _decode_row(self, count, place, row):
+        before = self.sums[row.slot, row.position - 1] if row.position else np.float32(0)
+        held = self.disturb_step(count, place, before + np.float32(row.token_id))
+        self.sums[row.slot, row.position] = held
+        logprob = self.disturb_answer(count, place, -held)
+        return SampledToken(row.token_id, float(logprob), ((7, float(logprob)), (8, -1.0)))
+
+    def copy(self, source, targets, num_tokens):
+        for target in targets:
+            self.sums[target, :num_tokens] = self.sums[source, :num_tokens]
+
+    def keys_and_values(self, slot, position):
+        return self.sums[slot, position].reshape(1, 1, 1)
+
+
+def up(value):
+    return np.nextafter(value, np.float32(np.inf), dtype=np.float32)
+
+
+def only_where(condition):
+    """One unit in the last place, where the condition on count and place holds."""
+    return lambda count, place, value: up(value) if condition(count, place) else value
+
+
+# --- what is compared -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "row_counts", "context_tokens", "num_comparisons"),
+    [
+        # Of 17, 49, 97 and 193 tokens every one, second, fourth and seventh; 17 of a second block.
+        (1, (2,), 1024, 17 + 25 + 25 + 28 + 17),
+        # A copy of 288 tokens, every ninth; steps of two, three ... eight rows.
+        (2, (2,), 1024, 112 + 32 + 2),
+        (3, (2, 4), 1024, 112 + 32 + 2 + 3),
+        (8, (2, 4, 8), 1024, 112 + 32 + 35),
+        (64, (2, 4, 8), 1024, 112 + 32 + 35),
+        (8, (2, 4, 8), 256, 95 + 32 + 35),
+        # Room for 20 tokens behind the first block, then for 16 in all.
+        (8, (2, 4, 8), 276, 95 + 11 + 31 + 35),
+        (8, (2, 4, 8), 16, 9 + 16 + 35),
+    ],
+)
+def test_an_engine_that_adds_in_one_order_passes(
+    num_slots, row_counts, context_tokens, num_comparisons
+):
+    tape = Tape(num_slots, context_tokens, row_counts)
+    assert compare_bits(tape) == SelfTest(row_counts, CHUNKS, num_comparisons)
+
+
+def test_every_number_of_rows_runs_and_every_place_of_each_program_is_taken():
+    tape = Tape()
+    compare_bits(tape)
+    alone, together = tape.steps[:8], tape.steps[8:]
+    assert alone == [[slot] for slot in range(8)]
+    assert [len(step) for step in together] == [2, 3, 4, 5, 6, 7, 8]
+    at_place = [{step[place] for step in together if len(step) > place} for place in range(8)]
+    assert [len(slots) for slots in at_place] == [7, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_every_chunk_program_runs_and_slot_0_holds_the_longest_prompt():
+    tape = Tape(num_slots=3)
+    compare_bits(tape)
+    assert tape.chunks == [
+        (1, 0, 17), (0, 0, 32), (2, 0, 49), (1, 0, 64), (0, 0, 97), (2, 0, 128),
+        (1, 0, 193), (0, 0, 256), (0, 256, 17), (0, 256, 32),
+    ]  # fmt: skip
+
+
+# --- what is found ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "remedy"),
+    [(2, "No number of slots"), (3, "--slots 2,"), (4, "--slots 2,"), (5, "--slots 4,")],
+)
+@pytest.mark.parametrize("what", ["disturb_answer", "disturb_step"])
+def test_one_unit_in_the_last_place_of_one_row_fails_and_says_how_to_serve(what, count, remedy):
+    tape = Tape()
+    setattr(tape, what, only_where(lambda rows, place: rows == count and place == 1))
+    message = rf"other bits among {count} \(at place 1, .*paper, tape.*depend on what else runs"
+    with pytest.raises(SelfTestFailed, match=message) as failed:
+        compare_bits(tape)
+    assert remedy in str(failed.value)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_difference_at_the_last_place_of_a_full_batch_is_found():
+    tape = Tape()
+    tape.disturb_answer = only_where(lambda rows, place: (rows, place) == (8, 7))
+    with pytest.raises(SelfTestFailed, match=r"among 8 \(at place 7"):
+        compare_bits(tape)
+
+
+def test_a_minus_before_a_zero_is_a_difference():
+    tape = Tape()
+    tape.disturb_answer = lambda rows, place, value: np.float32(-0.0 if rows == 2 else 0.0)
+    with pytest.raises(SelfTestFailed, match="among 2"):
+        compare_bits(tape)
+
+
+@pytest.mark.parametrize(("padded", "full"), [(17, 32), (49, 64), (97, 128), (193, 256)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_unit_in_the_last_place_of_one_position_of_a_chunk_fails(padded, full, which):
+    tape = Tape()
+    uneven = (padded, full)[which]
+    tape.disturb_chunk = only_where(lambda tokens, place: (tokens, place) == (uneven, 0))
+    message = f"Position 0 .* among {padded} tokens than among {full} on"
+    with pytest.raises(SelfTestFailed, match=message):
+        compare_bits(tape)
+
+
+def test_a_copy_that_misses_a_position_is_found():
+    tape = Tape()
+    copy = tape.copy
+
+    def copy_all_but_one(source, targets, num_tokens):
+        copy(source, targets, num_tokens)
+        tape.sums[1, 252] = 0
+
+    tape.copy = copy_all_but_one
+    with pytest.raises(SelfTestFailed, match=r"Position 252 .* in a copy on"):
+        compare_bits(tape)
+
+
+def test_a_difference_behind_the_first_block_is_found():
+    tape = Tape()
+    prefill = tape.prefill
+
+    def prefill_unevenly(slot, token_ids, start):
+        prefill(slot, token_ids, start)
+        if start and len(token_ids) == 32:
+            tape.sums[slot, start + 3] = up(tape.sums[slot, start + 3])
+
+    tape.prefill = prefill_unevenly
+    with pytest.raises(SelfTestFailed, match="Position 259 "):
+        compare_bits(tape)
+
+
+# --- on compiled programs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", goldens.TINY_PRESETS)
+def test_the_programs_of_every_family_pass_and_info_says_so(name, engine_of):
+    assert engine_of(name).info.self_test == PASSED
+    assert compare_bits(engine_of(name)) == PASSED
+
+
+def test_one_unit_in_one_row_of_a_compiled_step_is_found(engine_of, monkeypatch):
+    engine = engine_of("gemma3_tiny")
+    program = engine._programs["decode[4]"]
+
+    def uneven(*arguments):
+        caches, outputs = program(*arguments)
+        logprobs = np.array(outputs.logprobs)
+        logprobs[2] = up(logprobs[2])
+        return caches, outputs._replace(logprobs=logprobs)
+
+    monkeypatch.setitem(engine._programs, "decode[4]", uneven)
+    with pytest.raises(SelfTestFailed, match=r"among 3 \(at place 2, .*--slots 2"):
+        compare_bits(engine)
+
+
+def test_one_unit_in_one_key_of_a_compiled_chunk_is_found(engine_of, monkeypatch):
+    engine = engine_of("gemma3_tiny")
+    [name] = [name for name in engine._programs if name.startswith("block[64,1024")]
+    program = engine._programs[name]
+
+    def uneven(*arguments):
+        x, cache = program(*arguments)
+        keys = np.array(cache.keys)
+        # The padded chunk goes into slot 1 and the full one into slot 0: only one is disturbed.
+        keys[1, 0, 8, 0] = up(keys[1, 0, 8, 0])
+        return x, cache._replace(keys=jnp.asarray(keys))
+
+    monkeypatch.setitem(engine._programs, name, uneven)
+    with pytest.raises(SelfTestFailed, match=r"Position 8 .* among 49 tokens than among 64 on"):
+        compare_bits(engine)
+
+
+# --- the record -------------------------------------------------------------------------------
+
+
+def test_a_result_is_kept_for_its_claim_and_no_other(tmp_path):
+    one, other = claim_of({"decode[2]": "a"}, "x"), claim_of({"decode[2]": "b"}, "x")
+    assert kept_result(tmp_path, one) is None
+    keep_result(tmp_path, one, PASSED)
+    assert kept_result(tmp_path, one) == PASSED
+    assert kept_result(tmp_path, other) is None
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_claim_is_about_programs_weights_and_threads(monkeypatch):
+    claims = {claim_of({"a": "1", "b": "2"}, "x"), claim_of({"b": "2", "a": "1"}, "x")}
+    assert len(claims) == 1
+    claims |= {claim_of({"a": "1"}, "x"), claim_of({"a": "2"}, "x"), claim_of({"c": "1"}, "x")}
+    claims.add(claim_of({"a": "1"}, "y"))
+    monkeypatch.setenv("NPROC", "61")
+    claims.add(claim_of({"a": "1"}, "x"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    claims.add(claim_of({"a": "1"}, "x"))
+    assert len(claims) == 7
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:-9],
+        lambda text: "[" * 4000,
+        lambda text: "[]",
+        lambda text: text.replace('"claim": "', '"claim": "0'),
+        lambda text: text.replace("153", "-1"),
+        lambda text: text.replace("153", "true"),
+        lambda text: text.replace("[2, 4]", '"2"'),
+        lambda text: text.replace("chunk_tokens", "chunks"),
+    ],
+)
+def test_a_damaged_record_is_not_trusted_and_replaced(tmp_path, damage, caplog):
+    claim = claim_of({}, "x")
+    keep_result(tmp_path, claim, PASSED)
+    [path] = tmp_path.iterdir()
+    path.write_text(damage(path.read_text()))
+    assert kept_result(tmp_path, claim) is None
+    assert "the self-test runs again" in caplog.text
+    keep_result(tmp_path, claim, PASSED)
+    assert kept_result(tmp_path, claim) == PASSED
+
+
+def test_a_folder_that_refuses_the_record_only_costs_the_next_start(tmp_path, caplog):
+    keep_result(tmp_path / "gone", "claim", PASSED)
+    assert "cannot be written" in caplog.text
+    assert kept_result(tmp_path / "gone", "claim") is None
+
+
+def test_a_second_start_trusts_the_record_of_the_first(engine_of, cache_dir):
+    engine_of("gemma3_tiny")
+    marked = {}
+    for path in cache_dir.glob("programs/*/self_test_*.json"):
+        marked[path] = path.read_text()
+        path.write_text(json.dumps(json.loads(marked[path]) | {"num_comparisons": 12_345}))
+    try:
+        preset = str(goldens.preset_directory("gemma3_tiny"))
+        again = load(EngineOptions(preset, 4, 1024, cache_dir), no_progress)
+    finally:
+        for path, text in marked.items():
+            path.write_text(text)
+    assert again.info.self_test == SelfTest((2, 4), CHUNKS, 12_345)
+
+
+# --- in the service ---------------------------------------------------------------------------
+
+
+def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
+    engine = engine_of("gemma3_tiny")
+    view = NoWorker()
+    state = ServiceState(Settings(), WorkerClient(print), view, Metrics())
+    view.info = server_info(engine.info)
+    shown = asyncio.run(ops.info(state)).model_dump()["self_test"]
+    assert shown == {
+        "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS], "comparisons": 153,
+    }  # fmt: skip
+    view.info = server_info(replace(engine.info, self_test=None))
+    assert asyncio.run(ops.info(state)).self_test is None
+
+
+def test_a_failed_self_test_ends_the_service_with_status_65_and_one_line(tmp_path):
+    words = command(tmp_path, "--engine=tests.fakes.uneven_engine:load")
+    result = subprocess.run(
+        words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 65
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+    expected = "A row gets other bits among 8 than alone. Serve with --slots 4."
+    assert line == f"gemma-service: {expected}"
