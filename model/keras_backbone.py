@@ -141,6 +141,7 @@ class GemmaBackbone(KerasBackbone):
         sliding_window_size: Of those layers, in tokens.
         layer_norm_epsilon: Of the final norm; those in the blocks have 1e-6, as in keras-hub.
         dropout: Must be 0.
+        query_pre_attention_scalar: Queries are divided by its root, in place of that of head_dim.
         **options: dtype, seed, name, trainable: see `Backbone`.
 
     Raises:
@@ -169,6 +170,7 @@ class GemmaBackbone(KerasBackbone):
         sliding_window_size: int = 4096,
         layer_norm_epsilon: float = 1e-6,
         dropout: float = 0,
+        query_pre_attention_scalar: float | None = None,
         **options: Any,
     ) -> None:
         _check_options("GemmaBackbone", options)
@@ -188,6 +190,7 @@ class GemmaBackbone(KerasBackbone):
             sliding_window_size=sliding_window_size,
             use_post_attention_norm=use_post_attention_norm,
             use_post_ffw_norm=use_post_ffw_norm,
+            query_pre_attention_scalar=query_pre_attention_scalar,
         )
         super().__init__(config, **options)
 
@@ -236,6 +239,7 @@ class Gemma3Backbone(KerasBackbone):
         is_embedding_model: bool = False,
         pooling_intermediate_dim: int | None = None,
         embedding_dim: int | None = None,
+        query_pre_attention_scalar: float | None = None,
         **options: Any,
     ) -> None:
         _check_options("Gemma3Backbone", options)
@@ -261,6 +265,7 @@ class Gemma3Backbone(KerasBackbone):
             use_post_attention_norm=use_post_attention_norm,
             use_post_ffw_norm=use_post_ffw_norm,
             global_rope_scaling_factor=global_rope_scaling_factor,
+            query_pre_attention_scalar=query_pre_attention_scalar,
         )
         super().__init__(config, **options)
 

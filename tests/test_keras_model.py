@@ -17,7 +17,13 @@ from model import (
     GemmaCausalLMPreprocessor,
     GemmaTokenizer,
 )
-from model.errors import PresetError, PresetFileInvalid, PresetFileMissing, PresetNotFound
+from model.errors import (
+    PresetError,
+    PresetFileInvalid,
+    PresetFileMissing,
+    PresetNotFound,
+    UnsupportedPreset,
+)
 from model.gemma.backbone import Backbone
 from model.keras_backbone import KerasBackbone
 from model.preset_source import open_source
@@ -87,6 +93,25 @@ def test_a_config_goes_through_json_and_back(kind):
     assert again.config == backbone.config
     expected = {**arguments, "query_head_dim_normalize": True}
     assert expected.items() <= config.items()
+
+
+@EACH
+def test_a_query_scale_of_its_own_is_in_the_config_and_refused_by_the_keras_format(kind, tmp_path):
+    cls, arguments = CLASSES[kind]
+    backbone = cls(**arguments, query_pre_attention_scalar=9.0)
+    assert backbone.config.query_scale == 1 / 3
+    again = cls.from_config(json.loads(json.dumps(backbone.get_config())))
+    assert again.config == backbone.config
+    with pytest.raises(UnsupportedPreset, match=r"query_pre_attention_scalar 9\.0"):
+        backbone.save_to_preset(tmp_path / "saved")
+    assert "query_pre_attention_scalar" not in cls(**arguments).get_config()
+
+
+@pytest.mark.parametrize("name", ["top_k", "TopKSampler", "keras_hub>TopKSampler"])
+def test_a_sampler_is_compiled_from_a_config(name):
+    task = GemmaCausalLM(GemmaBackbone(**GEMMA1))
+    task.compile(sampler={"class_name": name, "config": {"k": 3, "seed": 4}})
+    assert (type(task.sampler).__name__, task.sampler.k, task.sampler.seed) == ("TopKSampler", 3, 4)
 
 
 @EACH

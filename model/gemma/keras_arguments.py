@@ -13,10 +13,17 @@ _UNUSED_WINDOW_TOKENS = {Family.GEMMA: 4_096, Family.GEMMA2: 4_096, Family.GEMMA
 
 
 def keras_arguments(config: GemmaConfig) -> dict[str, Any]:
-    """The constructor's arguments in keras-hub's order, without name, trainable and dtype."""
+    """The constructor's arguments in keras-hub's order, without name, trainable and dtype.
+
+    A query scale of its own, which only Hugging Face directories state, is one more that keras-hub
+    does not have.
+    """
     is_gemma3 = config.family is Family.GEMMA3
     own = _gemma3_arguments(config) if is_gemma3 else _gemma_arguments(config)
-    return {"vocabulary_size": config.vocabulary_size, **own}
+    arguments = {"vocabulary_size": config.vocabulary_size, **own}
+    if config.query_pre_attention_scalar is not None:
+        arguments["query_pre_attention_scalar"] = config.query_pre_attention_scalar
+    return arguments
 
 
 def _gemma_arguments(config: GemmaConfig) -> dict[str, Any]:
