@@ -4,7 +4,6 @@ A scripted worker stands in for the process; where a stream or a hang-up matters
 """
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -128,6 +127,12 @@ async def serve(worker: ScriptedWorker) -> AsyncIterator[httpx.AsyncClient]:
     await serving
 
 
+async def becomes_true(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 (a property has no event to wait on)
+            await asyncio.sleep(0.005)
+
+
 async def post(worker: ScriptedWorker, body: dict[str, Any]) -> httpx.Response:
     transport = httpx.ASGITransport(worker.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
@@ -226,8 +231,7 @@ def test_a_lost_worker_ends_every_open_request():
     async def scenario() -> list[int]:
         worker = ScriptedWorker(lambda request_id: hello(request_id)[:2])
         posts = [asyncio.create_task(post(worker, WHOLE)) for _ in range(5)]
-        await asyncio.sleep(0.2)
-        assert worker.client.num_in_flight == 5
+        await becomes_true(lambda: worker.client.num_in_flight == 5)
         worker.client.fail_all("worker_restarting", "The worker ended.")
         responses = await asyncio.gather(*posts)
         assert worker.client.num_in_flight == 0
@@ -238,14 +242,18 @@ def test_a_lost_worker_ends_every_open_request():
 
 @pytest.mark.parametrize("body", [WHOLE, STREAM], ids=["whole", "stream"])
 def test_hanging_up_cancels_the_request(body):
+    async def read_a_little(client: httpx.AsyncClient) -> None:
+        async with client.stream("POST", "/generate", json=body) as response:
+            await anext(response.aiter_raw())
+            await asyncio.sleep(3600)
+
     async def scenario() -> ScriptedWorker:
         worker = ScriptedWorker(endless)
         async with serve(worker) as client:
-            # The whole answer never comes; of the stream, the first bytes are enough.
-            with contextlib.suppress(httpx.ReadTimeout):
-                async with client.stream("POST", "/generate", json=body, timeout=0.2) as response:
-                    await anext(response.aiter_raw())
-            await asyncio.sleep(0.2)
+            reading = asyncio.create_task(read_a_little(client))
+            await becomes_true(lambda: len(worker.commands) == 1)
+            reading.cancel()
+            await becomes_true(lambda: len(worker.commands) == 2)
         return worker
 
     worker = asyncio.run(scenario())
