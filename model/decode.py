@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, SlotRows, block
-from model.gemma.forward import embed, head
+from model.gemma.forward import embed, final_hidden, unembed
 from model.gemma.kv_cache import LayerCache
 from model.gemma.padded_rows import pad_rows
 from model.gemma.weights import GemmaWeights
@@ -54,21 +54,32 @@ class DecodeOutputs(NamedTuple):
     top_logprobs: Float[Array, "batch top"]
 
 
-def decode_step(
+class ModelRows(NamedTuple):
+    """What the model makes of the newest token of each row, before anything is drawn."""
+
+    caches: list[LayerCache]
+    hidden: Float[Array, "batch width"]
+    logits: Float[Array, "batch vocab"]
+
+
+def advance_rows(
     config: GemmaConfig,
     weights: GemmaWeights,
     traits: list[LayerTraits],
     caches: list[LayerCache],
-    inputs: DecodeInputs,
-) -> tuple[list[LayerCache], DecodeOutputs]:
-    """Writes each row's token into its slot and draws the token after it.
+    token_ids: Int[Array, " batch"],
+    positions: Int[Array, " batch"],
+    slots: Int[Array, " batch"],
+) -> ModelRows:
+    """Writes each row's token into its slot; hidden states and logits after it.
 
-    The bits of a row depend neither on the number of rows nor on its place among them.
+    The bits of a row depend neither on the number of rows nor on its place among them. A row with
+    the slot ``num_slots`` only fills the batch.
     """
-    num_rows, num_slots = len(inputs.token_ids), caches[0].keys.shape[0]
-    slots = pad_rows(inputs.slots, num_slots)
-    positions = pad_rows(inputs.positions)[:, None]
-    x = jax.lax.optimization_barrier(embed(weights, pad_rows(inputs.token_ids)[:, None]))
+    num_rows, num_slots = len(token_ids), caches[0].keys.shape[0]
+    padded_slots = pad_rows(slots, num_slots)
+    padded_positions = pad_rows(positions)[:, None]
+    x = jax.lax.optimization_barrier(embed(weights, pad_rows(token_ids)[:, None]))
     new_caches = []
     for layer, cache in enumerate(caches):
         x, new_cache = block(
@@ -76,13 +87,28 @@ def decode_step(
             weights.blocks[layer],
             traits[layer],
             x,
-            positions,
-            rows=SlotRows(cache, slots, num_rows),
+            padded_positions,
+            rows=SlotRows(cache, padded_slots, num_rows),
         )
         assert new_cache is not None
         new_caches.append(new_cache)
-    logits = head(config, weights, x, num_rows=num_rows)[:num_rows, 0].astype(jnp.float32)
-    return new_caches, jax.lax.map(lambda row: _finish_row(*row), (logits, inputs))
+    hidden = final_hidden(config, weights, x)
+    logits = unembed(config, weights, hidden, num_rows)[:num_rows, 0].astype(jnp.float32)
+    return ModelRows(new_caches, hidden[:num_rows, 0], logits)
+
+
+def decode_step(
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    traits: list[LayerTraits],
+    caches: list[LayerCache],
+    inputs: DecodeInputs,
+) -> tuple[list[LayerCache], DecodeOutputs]:
+    """Writes each row's token into its slot and draws the token after it."""
+    rows = advance_rows(
+        config, weights, traits, caches, inputs.token_ids, inputs.positions, inputs.slots
+    )
+    return rows.caches, jax.lax.map(lambda row: _finish_row(*row), (rows.logits, inputs))
 
 
 def _finish_row(logits: Float[Array, " vocab"], row: DecodeInputs) -> DecodeOutputs:
