@@ -1,8 +1,11 @@
-"""One decode step: one token for each row of a batch, in one compiled program per row count.
+"""Decode: up to eight tokens for each row of a batch, in one compiled program per row count.
 
-Everything that a request can vary is an array, and everything that a row does beyond the products
-with the weights is done row by row, so neither a value nor a neighbour changes the program or the
-bits. What no row asks for is skipped under a condition.
+Everything that a request can vary is an array, the number of steps is a loop bound, and everything
+that a row does beyond the products with the weights is done row by row; so neither a value nor a
+neighbour changes the program or the bits. What no row asks for is skipped under a condition.
+
+A step reads its token from the slot and writes the one it draws behind it. A row that has ended,
+by an id or at its length, goes on as a filler of the batch.
 """
 
 from typing import NamedTuple
@@ -19,39 +22,50 @@ from model.gemma.padded_rows import pad_rows
 from model.gemma.weights import GemmaWeights
 from model.samplers.draw import MIN_TEMPERATURE, SamplingRows, draw
 from model.samplers.penalties import PenaltyRows, adjust
-from model.slots import MAX_LOGPROBS
+from model.slots import MAX_LOGPROBS, MAX_STEPS
 
 
-class DecodeInputs(NamedTuple):
-    """The rows of one step.
+class SlotStates(NamedTuple):
+    """What the slots hold: the tokens of each sequence, and their keys and values by layer."""
+
+    tokens: Int[Array, "slots context"]
+    caches: list[LayerCache]
+
+
+class RuleRows(NamedTuple):
+    """`model.slots.RowRules` of each row; every field is an array, so no value compiles anything.
 
     Attributes:
-        token_ids: The newest token of each row.
-        positions: Of that token.
-        slots: Whose cache each row continues; ``num_slots`` marks a row that only fills the batch.
         sampling: How each row draws.
         penalties: What changes its logits before.
-        banned_ids: Ids that must not be drawn; V where there is none.
+        num_prompt: Tokens of its prompt.
+        end: Tokens of its sequence when it is at its longest.
+        stop_ids: Ids that end it; V where there is none.
+        may_stop_at: First position at which one of them may be drawn.
         wants_logprobs: Rows that report log-probabilities.
     """
 
-    token_ids: Int[Array, " batch"]
-    positions: Int[Array, " batch"]
-    slots: Int[Array, " batch"]
     sampling: SamplingRows
     penalties: PenaltyRows
-    banned_ids: Int[Array, "batch banned"]
+    num_prompt: Int[Array, " batch"]
+    end: Int[Array, " batch"]
+    stop_ids: Int[Array, "batch stops"]
+    may_stop_at: Int[Array, " batch"]
     wants_logprobs: Bool[Array, " batch"]
 
 
 class DecodeOutputs(NamedTuple):
-    """What each row drew; log-probabilities are zeros in rows that want none."""
+    """What each row drew at one step; log-probabilities are zeros in rows that want none.
 
-    token_ids: Int[Array, " batch"]
-    is_finite: Bool[Array, " batch"]
-    logprobs: Float[Array, " batch"]
-    top_ids: Int[Array, "batch top"]
-    top_logprobs: Float[Array, "batch top"]
+    ``is_drawn`` is False for a row that had ended: nothing else of it is valid then.
+    """
+
+    is_drawn: Bool[Array, "*steps batch"]
+    token_ids: Int[Array, "*steps batch"]
+    is_finite: Bool[Array, "*steps batch"]
+    logprobs: Float[Array, "*steps batch"]
+    top_ids: Int[Array, "*steps batch top"]
+    top_logprobs: Float[Array, "*steps batch top"]
 
 
 class ModelRows(NamedTuple):
@@ -97,40 +111,143 @@ def advance_rows(
     return ModelRows(new_caches, hidden[:num_rows, 0], logits)
 
 
-def decode_step(
+class _Progress(NamedTuple):
+    """Between two steps: how many were made, and which rows go on."""
+
+    step: Int[Array, ""]
+    goes_on: Bool[Array, " batch"]
+    states: SlotStates
+    outputs: DecodeOutputs
+
+
+def decode_steps(
     config: GemmaConfig,
     weights: GemmaWeights,
     traits: list[LayerTraits],
-    caches: list[LayerCache],
-    inputs: DecodeInputs,
-) -> tuple[list[LayerCache], DecodeOutputs]:
-    """Writes each row's token into its slot and draws the token after it."""
-    rows = advance_rows(
-        config, weights, traits, caches, inputs.token_ids, inputs.positions, inputs.slots
+    states: SlotStates,
+    slots: Int[Array, " batch"],
+    positions: Int[Array, " batch"],
+    rules: RuleRows,
+    num_steps: Int[Array, ""],
+) -> tuple[SlotStates, DecodeOutputs]:
+    """Draws up to ``num_steps`` tokens for each row and writes them into its slot.
+
+    Args:
+        config: Architecture (static).
+        weights: Of the model.
+        traits: Of the layers.
+        states: Of all slots.
+        slots: Which sequence each row continues; ``num_slots`` marks a row that only fills the
+            batch.
+        positions: Of the newest token of each.
+        rules: Of each row.
+        num_steps: At most `MAX_STEPS`.
+
+    Returns:
+        The states with the drawn tokens, and `MAX_STEPS` outputs in order.
+    """
+    num_slots, num_rows = states.tokens.shape[0], len(slots)
+    newest = states.tokens.at[slots, positions].get(mode="clip")
+    # The dispatch before may have drawn the end of a row after this one was asked for.
+    has_ended = (positions >= rules.num_prompt) & _is_stop(newest, rules.stop_ids)
+    first = _Progress(
+        jnp.int32(0),
+        (slots < num_slots) & ~has_ended & (positions + 1 < rules.end),
+        states,
+        _no_outputs(config, num_rows),
     )
-    return rows.caches, jax.lax.map(lambda row: _finish_row(*row), (rows.logits, inputs))
+
+    def is_unfinished(at: _Progress) -> Bool[Array, ""]:
+        return (at.step < num_steps) & jnp.any(at.goes_on)
+
+    def step(at: _Progress) -> _Progress:
+        drawn_at = positions + at.step + 1
+        states, drawn = _decode_step(
+            config,
+            weights,
+            traits,
+            at.states,
+            jnp.where(at.goes_on, slots, num_slots),
+            drawn_at - 1,
+            rules,
+        )
+        outputs = jax.tree.map(
+            lambda all_, new: all_.at[at.step].set(new),
+            at.outputs,
+            drawn._replace(is_drawn=at.goes_on),
+        )
+        ends = _is_stop(drawn.token_ids, rules.stop_ids) | (drawn_at + 1 >= rules.end)
+        goes_on = at.goes_on & ~ends & drawn.is_finite
+        return _Progress(at.step + 1, goes_on, states, outputs)
+
+    last = jax.lax.while_loop(is_unfinished, step, first)
+    return last.states, last.outputs
 
 
-def _finish_row(logits: Float[Array, " vocab"], row: DecodeInputs) -> DecodeOutputs:
-    """Draws one row's token and measures it."""
-    sampling = row.sampling
-    adjusted = adjust(logits, row.penalties)
+def _is_stop(
+    token_ids: Int[Array, " batch"], stop_ids: Int[Array, "batch stops"]
+) -> Bool[Array, " batch"]:
+    return jnp.any(token_ids[:, None] == stop_ids, axis=1)
+
+
+def _no_outputs(config: GemmaConfig, num_rows: int) -> DecodeOutputs:
+    def zeros(dtype: jnp.dtype, *width: int) -> Array:
+        return jnp.zeros((MAX_STEPS, num_rows, *width), dtype)
+
+    top = min(MAX_LOGPROBS, config.vocabulary_size)
+    integer, number, truth = jnp.dtype("int32"), jnp.dtype("float32"), jnp.dtype("bool")
+    return DecodeOutputs(
+        zeros(truth), zeros(integer), zeros(truth), zeros(number), zeros(integer, top),
+        zeros(number, top),
+    )  # fmt: skip
+
+
+def _decode_step(
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    traits: list[LayerTraits],
+    states: SlotStates,
+    slots: Int[Array, " batch"],
+    positions: Int[Array, " batch"],
+    rules: RuleRows,
+) -> tuple[SlotStates, DecodeOutputs]:
+    """One step of every row: reads its newest token, writes the next."""
+    tokens, caches = states
+    context = tokens.shape[1]
+    newest = tokens.at[slots, positions].get(mode="clip")
+    rows = advance_rows(config, weights, traits, caches, newest, positions, slots)
+    is_past = jnp.arange(context)[None, :] <= positions[:, None]
+    history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), config.vocabulary_size)
+    drawn = jax.lax.map(lambda row: _finish_row(*row), (rows.logits, rules, history, positions + 1))
+    tokens = tokens.at[slots, positions + 1].set(drawn.token_ids, mode="drop")
+    return SlotStates(tokens, rows.caches), drawn
+
+
+def _finish_row(
+    logits: Float[Array, " vocab"],
+    rules: RuleRows,
+    history: Int[Array, " context"],
+    position: Int[Array, ""],
+) -> DecodeOutputs:
+    """Draws the token at ``position`` of one row and measures it."""
+    sampling = rules.sampling
+    adjusted = adjust(logits, rules.penalties, history, rules.num_prompt)
     allowed = jax.lax.cond(
-        jnp.any(row.banned_ids < logits.shape[0]),
-        lambda: adjusted.at[row.banned_ids].set(-jnp.inf, mode="drop"),
+        (position < rules.may_stop_at) & jnp.any(rules.stop_ids < logits.shape[0]),
+        lambda: adjusted.at[rules.stop_ids].set(-jnp.inf, mode="drop"),
         lambda: adjusted,
     )
     token_id = jax.lax.cond(
         sampling.temperature >= MIN_TEMPERATURE,
-        lambda: draw(allowed, *sampling, row.positions + 1).astype(jnp.int32),
+        lambda: draw(allowed, *sampling, position).astype(jnp.int32),
         lambda: jnp.argmax(allowed).astype(jnp.int32),
     )
     logprob, top_ids, top_logprobs = jax.lax.cond(
-        row.wants_logprobs, lambda: _measure(logits, token_id), lambda: _nothing(logits)
+        rules.wants_logprobs, lambda: _measure(logits, token_id), lambda: _nothing(logits)
     )
     # One bad logit is enough: NaN reaches the maximum, and so does +inf.
     is_finite = jnp.isfinite(jnp.max(logits))
-    return DecodeOutputs(token_id, is_finite, logprob, top_ids, top_logprobs)
+    return DecodeOutputs(jnp.bool_(True), token_id, is_finite, logprob, top_ids, top_logprobs)
 
 
 _Measure = tuple[Float[Array, ""], Int[Array, " top"], Float[Array, " top"]]

@@ -1,22 +1,72 @@
-"""One chunk of a prompt, block by block.
+"""One chunk of a prompt, or several short ones, block by block.
 
 Everything with more than one query per row runs as a sequence of small programs: one that embeds
 the chunk, then one per layer. Layers whose cache has the same number of positions share a program,
-as their weights and traits are arguments; and between two layers the engine could pause.
+as their weights and traits are arguments; and between two layers the engine can pause.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from model.config import GemmaConfig
-from model.gemma.block import LayerTraits, SlotRows, block
+from model.gemma.block import LayerTraits, PackedPrompts, block
 from model.gemma.forward import scale_embeddings
 from model.gemma.kv_cache import LayerCache
 from model.gemma.weights import BlockWeights
 from model.slot_memory import BLOCK_TOKENS
+from model.slots import PromptChunk
 
-# Lengths to which a chunk is padded. Products of 32 rows and more give a row the same bits on this
-# backend, whatever the number of rows.
-CHUNK_BUCKETS = (32, 64, 128, BLOCK_TOKENS)
+# Lengths to which a chunk is padded. With any of them a product gives a row the same bits on this
+# backend; with 32 rows it gives others, so a prompt alone could not share a chunk with others.
+CHUNK_BUCKETS = (64, 128, BLOCK_TOKENS)
+# Short prompts share a chunk of up to this many tokens: for a few of them a product costs little
+# more than for one, as it must read the matrix anyway.
+PACKED_TOKENS = 64
+MAX_PACKED_PROMPTS = 8
+
+
+class ChunkRows(NamedTuple):
+    """Where the tokens of a chunk belong; the fields of `model.gemma.block.PackedPrompts`.
+
+    ``positions`` are those of every token.
+    """
+
+    positions: Int[Array, "1 seq"]
+    slots: Int[Array, " prompts"]
+    offsets: Int[Array, " prompts"]
+    lengths: Int[Array, " prompts"]
+    starts: Int[Array, " prompts"]
+    num_prompts: Int[Array, ""]
+
+
+def chunk_of(prompts: Sequence[PromptChunk]) -> tuple[Int[Array, "1 seq"], ChunkRows]:
+    """Token ids and places of prompts that are prefilled together, padded to a bucket."""
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    bucket = next(size for size in CHUNK_BUCKETS if size >= num_tokens)
+    token_ids = np.zeros((1, bucket), np.int32)
+    positions = np.zeros((1, bucket), np.int32)
+    places = np.zeros((4, num_packed(bucket)), np.int32)
+    offset = 0
+    for index, prompt in enumerate(prompts):
+        end = offset + len(prompt.token_ids)
+        token_ids[0, offset:end] = prompt.token_ids
+        # Those of the padding go on: it is written behind the last prompt.
+        positions[0, offset:] = np.arange(prompt.start, prompt.start + bucket - offset)
+        places[:, index] = prompt.slot, offset, end - offset, prompt.start
+        offset = end
+    slots, offsets, lengths, starts = map(jnp.asarray, places)
+    num_prompts = jnp.asarray(len(prompts), jnp.int32)
+    rows = ChunkRows(jnp.asarray(positions), slots, offsets, lengths, starts, num_prompts)
+    return jnp.asarray(token_ids), rows
+
+
+def num_packed(bucket: int) -> int:
+    """Prompts that a chunk of this length can hold."""
+    return MAX_PACKED_PROMPTS if bucket <= PACKED_TOKENS else 1
 
 
 def embed_chunk(
@@ -31,11 +81,13 @@ def prefill_block(
     weights: BlockWeights,
     traits: LayerTraits,
     cache: LayerCache,
-    x: Float[Array, "batch seq width"],
-    positions: Int[Array, "batch seq"],
-    slots: Int[Array, " batch"],
-) -> tuple[Float[Array, "batch seq width"], LayerCache]:
+    x: Float[Array, "1 seq width"],
+    rows: ChunkRows,
+) -> tuple[Float[Array, "1 seq width"], LayerCache]:
     """The residual stream after one block, and the layer's cache with the chunk in it."""
-    x, new_cache = block(config, weights, traits, x, positions, rows=SlotRows(cache, slots))
+    packed = PackedPrompts(
+        cache, rows.slots, rows.offsets, rows.lengths, rows.starts, rows.num_prompts
+    )
+    x, new_cache = block(config, weights, traits, x, rows.positions, rows=packed)
     assert new_cache is not None
     return x, new_cache

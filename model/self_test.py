@@ -5,7 +5,7 @@ but that rests on what XLA makes of a product on a kind of processor. So an engi
 its first request, on its own slots; what they hold afterwards is never seen. Three claims:
 
 * a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
-  there and whatever follows in the chunk, tokens or padding;
+  there, whatever else is in the chunk, in every chunk program the same;
 * a copied prompt is the prompt;
 * a step gives a row the same bits alone and in any number of rows, at any place, however long its
   neighbours are and however they draw.
@@ -14,9 +14,9 @@ What is compared is all that leaves a step: the token, the likeliest alternative
 log-probabilities, and the keys and values that it wrote in every layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,17 @@ from jaxtyping import Array, Float, Float32, Int
 
 from model.errors import SelfTestFailed
 from model.gemma.kv_cache import LayerCache
-from model.slots import MAX_LOGPROBS, DecodeRow, EngineInfo, SampledToken, Sampling, SelfTest
+from model.slots import (
+    MAX_LOGPROBS,
+    DecodeRow,
+    Dispatch,
+    EngineInfo,
+    PromptChunk,
+    RowRules,
+    SampledToken,
+    Sampling,
+    SelfTest,
+)
 
 # A prime: its multiples spread over a vocabulary of any size.
 _ID_STRIDE = 104_729
@@ -52,11 +62,13 @@ class Subject(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None: ...
+    def begin(self, slot: int, token_ids: Sequence[int]) -> None: ...
+
+    def prefill(self, chunks: Sequence[PromptChunk]) -> Iterator[None]: ...
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None: ...
 
-    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]: ...
+    def decode(self, rows: Sequence[DecodeRow], num_steps: int) -> Dispatch: ...
 
     def keys_and_values(self, slot: int, position: int) -> KeysAndValues:
         """What stands at one position of a slot: keys and values of every layer."""
@@ -91,54 +103,86 @@ def compare_bits(subject: Subject) -> SelfTest:
     )
 
 
-class _Chunk(NamedTuple):
-    slot: int
-    start: int
-    num_tokens: int
-
-
-def _chunk_pairs(info: EngineInfo) -> list[tuple[_Chunk, _Chunk]]:
-    """Two chunks for each program, one padded and one full, the longest last and into slot 0.
-
-    There the prompt goes on into a second block of keys. One program will do for that: the products
-    are those of the first block, only the attention has more to walk.
-    """
+def _chunk_lengths(info: EngineInfo) -> list[int]:
+    """Two prompts for each program, one padded and one full, of no more than a block."""
     room = min(info.context_tokens, info.chunk_tokens)
     sizes = [0, *info.buckets["prefill_tokens"]]
     spans = [(low, min(high, room)) for low, high in pairwise(sizes) if low < room]
-    pairs = []
-    for place, (low, high) in enumerate(spans):
-        slot = 2 * (len(spans) - 1 - place)
-        padded = _Chunk((slot + 1) % info.num_slots, 0, (low + high) // 2 + 1)
-        pairs.append((padded, _Chunk(slot % info.num_slots, 0, high)))
-    start = info.chunk_tokens
-    high = min(info.context_tokens - start, sizes[1])
-    if high > 0:
-        pairs.append((_Chunk(0, start, high // 2 + 1), _Chunk(0, start, high)))
-    return pairs
+    return [length for low, high in spans for length in ((low + high) // 2 + 1, high)]
 
 
 def _compare_chunks(subject: Subject, token_ids: Sequence[int]) -> tuple[list[int], int]:
-    """How many tokens of the prompt each slot then holds, and how many positions were compared."""
-    num_held = [0] * subject.info.num_slots
+    """How many tokens of the prompt each slot then holds, and how many positions were compared.
+
+    Every program must write what the longest one does. The longest prompt is in slot 0 at the end,
+    and goes on there into a second block of keys.
+    """
+    info = subject.info
+    *lengths, longest = _chunk_lengths(info)
+    num_held = [0] * info.num_slots
+    packed = _packed_lengths(info, longest)
+
+    def hold(*prompts: tuple[int, int]) -> None:
+        _prefill(subject, [PromptChunk(slot, token_ids[:count], 0) for slot, count in prompts])
+        for slot, count in prompts:
+            num_held[slot] = count
+
+    hold((0, longest))
+    positions = {place for count in (*lengths, *packed) for place in _some_positions(0, count)}
+    expected = {place: _held_bits(subject, 0, place) for place in sorted(positions)}
     num_compared = 0
-    for pair in _chunk_pairs(subject.info):
-        positions = _some_positions(pair[0].start, pair[0].num_tokens)
-        written = []
-        for slot, start, num_tokens in pair:
-            num_held[slot] = start + num_tokens
-            subject.prefill(slot, token_ids[start : num_held[slot]], start)
-            written.append([_held_bits(subject, slot, position) for position in positions])
-        for position, padded, full in zip(positions, *written, strict=True):
-            if padded != full:
-                raise SelfTestFailed(
-                    f"Position {position} of a prompt gets other bits among "
-                    f"{pair[0].num_tokens} tokens than among {pair[1].num_tokens} on "
-                    f"{_machine(subject.info)}, so answers would depend on what they cannot see. "
-                    f"No setting avoids it; {_REPORT}"
-                )
-            num_compared += 1
-    return num_held, num_compared
+    batches = [[(place % info.num_slots, count)] for place, count in enumerate(lengths)]
+    for batch in [*batches, list(enumerate(packed))]:
+        if batch:
+            hold(*batch)
+        for slot, count in batch:
+            for place in _some_positions(0, count):
+                if _held_bits(subject, slot, place) != expected[place]:
+                    among = " and ".join(str(count) for _, count in batch)
+                    raise SelfTestFailed(_other_bits(info, place, among, str(longest)))
+                num_compared += 1
+    hold((0, longest))
+    return num_held, num_compared + _compare_second_block(subject, token_ids, num_held)
+
+
+def _packed_lengths(info: EngineInfo, longest: int) -> tuple[int, ...]:
+    """Of two prompts that fill a chunk together, if there are slots for both."""
+    if info.num_slots < 2 or info.packed_prompts < 2:
+        return ()
+    first = min(info.packed_tokens // 3, longest)
+    return first, min(info.packed_tokens - first, longest)
+
+
+def _compare_second_block(subject: Subject, token_ids: Sequence[int], num_held: list[int]) -> int:
+    """Slot 0 goes on, padded and full. One program will do: only the attention has more to walk."""
+    start = num_held[0]
+    full = min(len(token_ids) - start, subject.info.buckets["prefill_tokens"][0])
+    if full <= 0:
+        return 0
+    padded = full // 2 + 1
+    positions = _some_positions(start, padded)
+    written = []
+    for count in (padded, full):
+        _prefill(subject, [PromptChunk(0, token_ids[start : start + count], start)])
+        written.append([_held_bits(subject, 0, position) for position in positions])
+    for position, one, other in zip(positions, *written, strict=True):
+        if one != other:
+            raise SelfTestFailed(_other_bits(subject.info, position, str(padded), str(full)))
+    num_held[0] = start + full
+    return len(positions)
+
+
+def _other_bits(info: EngineInfo, position: int, count: str, other: str) -> str:
+    return (
+        f"Position {position} of a prompt gets other bits among {count} tokens than among {other} "
+        f"on {_machine(info)}, so answers would depend on what they cannot see. "
+        f"No setting avoids it; {_REPORT}"
+    )
+
+
+def _prefill(subject: Subject, chunks: Sequence[PromptChunk]) -> None:
+    for _ in subject.prefill(chunks):
+        pass
 
 
 def _some_positions(start: int, num_tokens: int) -> range:
@@ -169,7 +213,7 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
     """
     largest = subject.info.buckets["decode_rows"][-1]
     rows = [
-        _row(slot, max(num_tokens - 1, 0), token_ids)
+        _row(subject, slot, max(num_tokens - 1, 0), token_ids)
         for slot, num_tokens in enumerate(num_held[:largest])
     ]
     alone = {row.slot: _step(subject, [row])[0] for row in rows}
@@ -188,23 +232,24 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
     return num_compared
 
 
-def _row(slot: int, position: int, token_ids: Sequence[int]) -> DecodeRow:
-    return DecodeRow(
-        slot,
-        token_ids[position],
-        position,
+def _row(subject: Subject, slot: int, position: int, token_ids: Sequence[int]) -> DecodeRow:
+    """The row that continues a slot at ``position``; half of what it holds counts as its prompt."""
+    subject.begin(slot, token_ids[: position + 1])
+    rules = RowRules(
         _SAMPLINGS[slot % len(_SAMPLINGS)],
+        num_prompt=position // 2 + 1,
+        end=subject.info.context_tokens + 1,
         num_logprobs=MAX_LOGPROBS,
-        prompt=token_ids[:position],
-        generated=token_ids[position : position + 1],
     )
+    return DecodeRow(slot, position, rules)
 
 
 def _step(subject: Subject, rows: Sequence[DecodeRow]) -> list[bytes]:
     """All that one step gives each row, and leaves in its slot."""
+    drawn = subject.decode(rows, 1).tokens()
     return [
         _bits(token) + _held_bits(subject, row.slot, row.position)
-        for row, token in zip(rows, subject.decode(rows), strict=True)
+        for row, (token,) in zip(rows, drawn, strict=True)
     ]
 
 

@@ -24,6 +24,12 @@ def kv_cache_bytes(config: GemmaConfig, context_tokens: int, item_bytes: int = 4
     return 2 * positions * config.num_key_value_heads * config.head_dim * item_bytes
 
 
+def block_bytes(config: GemmaConfig, item_bytes: int = 4) -> int:
+    """Bytes of the keys and values of one block, all layers."""
+    numbers = BLOCK_TOKENS * config.num_key_value_heads * config.head_dim
+    return 2 * config.num_layers * numbers * item_bytes
+
+
 def num_cache_positions(config: GemmaConfig, layer: int, context_tokens: int) -> int:
     """S of one layer: the context, or for a local layer its window and one chunk, in blocks."""
     needed = context_tokens

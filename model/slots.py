@@ -1,21 +1,24 @@
 """What an engine does, in plain Python: the interface between the worker's loop and a model.
 
-An engine owns a fixed number of slots, each holding the cache of one sequence. A sequence of n
-prompt tokens lives like this::
+An engine owns a fixed number of slots, each holding one sequence: its tokens, and their keys and
+values. A sequence of n prompt tokens lives like this::
 
-    prefill(slot, token_ids[0:n-1] in chunks)      writes their keys and values
+    begin(slot, token_ids)                         writes the tokens
+    restore(slot, keys of its blocks)              keys and values that an earlier prompt left
+    prefill(slot, token_ids[..n-1] in chunks)      the keys and values of the others
+    keep(slot, keys of its blocks)                 a full block, for later prompts
     copy(slot, other slots, n-1)                   for others that continue the same prompt
-    decode([..., row(token n-1), ...])             yields token n, together with other rows
-    decode([..., row(token n), ...])               yields token n+1, and so on
+    decode([..., row at position n-1, ...])        yields token n, and those after it
 
-The last prompt token is decoded, not prefilled, so every token is sampled by one program. Nothing
-needs to be freed or cleared: a new sequence overwrites what it can see, and what it cannot see
-changes no bit of it, not even NaN.
+The last prompt token is decoded, not prefilled, so every token is sampled by one program. A drawn
+token is written into its slot by the step that draws it; so the next dispatch can start before
+anyone has read the last one. Nothing needs to be freed or cleared: a new sequence overwrites what
+it can see, and what it cannot see changes no bit of it, not even NaN.
 
 Only the standard library is imported here, so that a fake engine is a few lines of integers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,8 +26,10 @@ from typing import Protocol, runtime_checkable
 from model.progress import Progress
 
 MAX_LOGPROBS = 20
-MAX_BANNED_IDS = 24
+MAX_STOP_IDS = 24
 MAX_BIASES = 300
+# Steps that one dispatch may hold.
+MAX_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,14 @@ class EngineOptions:
         num_slots: Sequences that decode at once.
         context_tokens: Positions per slot, prompt and completion together.
         cache_dir: Converted weights and compiled programs.
+        prefix_cache_bytes: For blocks of prompts that later prompts may begin with; 0 keeps none.
     """
 
     preset: str
     num_slots: int
     context_tokens: int
     cache_dir: Path
+    prefix_cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,9 @@ class EngineInfo:
     """What was loaded, for `/info`.
 
     ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
-    without ``has_tokenizer`` there are token ids and no text. ``self_test`` is None for an engine
+    without ``has_tokenizer`` there are token ids and no text. Up to
+    ``packed_prompts`` prompts with no more than ``packed_tokens`` left together may be prefilled
+    together. ``self_test`` is None for an engine
     that needs none.
     """
 
@@ -83,6 +92,8 @@ class EngineInfo:
     num_layers: int
     hidden_dim: int
     chunk_tokens: int
+    packed_tokens: int = 0
+    packed_prompts: int = 1
     buckets: dict[str, list[int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
     has_tokenizer: bool = True
@@ -114,28 +125,51 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One row of a decode step.
+class RowRules:
+    """What one output asks of every step; the same from its first token to its last.
+
+    Positions count the prompt.
 
     Attributes:
-        slot: Whose cache holds the tokens before this one.
-        token_id: The newest token; its successor is asked for.
-        position: Of ``token_id`` in its sequence.
-        sampling: How the successor is drawn.
-        banned_ids: At most `MAX_BANNED_IDS` ids that must not be drawn at this step.
-        num_logprobs: None, or how many alternatives (0 to `MAX_LOGPROBS`) come with the token.
-        prompt: Of the sequence, and
-        generated: what followed it, ``token_id`` last; only for a row with penalties.
+        sampling: How a token is drawn.
+        num_prompt: Tokens of the prompt, at least 1.
+        end: Tokens of the sequence when it is at its longest.
+        stop_ids: At most `MAX_STOP_IDS` ids that end the sequence.
+        may_stop_at: First position at which one of them may be drawn; before it they are not.
+        num_logprobs: None, or how many alternatives (0 to `MAX_LOGPROBS`) come with a token.
+    """
+
+    sampling: Sampling
+    num_prompt: int
+    end: int
+    stop_ids: tuple[int, ...] = ()
+    may_stop_at: int = 0
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One row of a dispatch.
+
+    Attributes:
+        slot: Which sequence.
+        position: Of the newest token; its successor is asked for. If that token was drawn and is
+            one that ends the sequence, the row draws nothing more.
+        rules: Of its output.
     """
 
     slot: int
-    token_id: int
     position: int
-    sampling: Sampling
-    banned_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = None
-    prompt: Sequence[int] = ()
-    generated: Sequence[int] = ()
+    rules: RowRules
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Consecutive tokens of a prompt; ``start`` is a multiple of ``EngineInfo.chunk_tokens``."""
+
+    slot: int
+    token_ids: Sequence[int]
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +215,20 @@ class TextCodec(Protocol):
 
 
 @runtime_checkable
+class Dispatch(Protocol):
+    """Steps that were started."""
+
+    def wait(self) -> None:
+        """Returns when they are done."""
+
+    def tokens(self) -> list[list[SampledToken]]:
+        """What each row drew, in order, once they are done: as many tokens as there were steps,
+        or fewer if the row ended; none if it had ended before. Nothing follows a token that is not
+        finite.
+        """
+
+
+@runtime_checkable
 class Engine(Protocol):
     """A loaded model. One thread calls it."""
 
@@ -194,8 +242,15 @@ class Engine(Protocol):
     def num_compilations(self) -> int:
         """Programs compiled, or fetched from the compile cache, since the process started."""
 
-    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        """Writes one chunk; ``start`` is a multiple of ``info.chunk_tokens``."""
+    def begin(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Gives a slot to a prompt."""
+
+    def prefill(self, chunks: Sequence[PromptChunk]) -> Iterator[None]:
+        """Writes keys and values: a chunk, or several of ``info.packed_tokens`` together.
+
+        The work is done between the values that are taken; its caller may pause there and do
+        anything with other slots. It may be left unfinished: then the chunks must begin anew.
+        """
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         """Gives ``targets`` the ``num_tokens`` tokens that ``source`` was prefilled with.
@@ -203,8 +258,21 @@ class Engine(Protocol):
         Nothing may have been decoded in ``source`` since: a ring would hold that instead.
         """
 
-    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
-        """One step for 1 to ``info.num_slots`` rows, in any order of slots."""
+    def keep(self, slot: int, keys: Sequence[bytes]) -> None:
+        """Keeps the block of ``info.chunk_tokens`` that was just prefilled in one chunk.
+
+        A key stands for the tokens of a block, all before them, and whatever else made them.
+        ``keys`` are those of the slot's blocks up to this one.
+        """
+
+    def restore(self, slot: int, keys: Sequence[bytes]) -> int:
+        """Gives a slot the leading blocks that were kept under ``keys``; returns their number."""
+
+    def decode(self, rows: Sequence[DecodeRow], num_steps: int) -> Dispatch:
+        """Starts up to ``num_steps`` steps, at most `MAX_STEPS`, and does not wait for them.
+
+        Takes 1 to ``info.num_slots`` rows, in any order of slots.
+        """
 
 
 EngineLoader = Callable[[EngineOptions, Progress], Engine]

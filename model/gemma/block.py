@@ -45,6 +45,22 @@ class SlotRows(NamedTuple):
     num_rows: int | None = None
 
 
+class PackedPrompts(NamedTuple):
+    """A layer's cache and the prompts that lie one behind the other in the one row of a batch.
+
+    Prompt i has ``lengths[i]`` tokens from ``offsets[i]`` on, which are those of slot ``slots[i]``
+    from position ``starts[i]`` on, a multiple of the block. Only the first ``num_prompts`` are
+    real.
+    """
+
+    cache: LayerCache
+    slots: Int[Array, " prompts"]
+    offsets: Int[Array, " prompts"]
+    lengths: Int[Array, " prompts"]
+    starts: Int[Array, " prompts"]
+    num_prompts: Int[Array, ""]
+
+
 def layer_traits(config: GemmaConfig) -> list[LayerTraits]:
     """The traits of every layer, in order."""
     return [traits_of_layer(config, layer) for layer in range(config.num_layers)]
@@ -73,7 +89,7 @@ def block(
     positions: Int[Array, "batch seq"],
     *,
     padding_mask: Bool[Array, "batch seq"] | None = None,
-    rows: SlotRows | None = None,
+    rows: SlotRows | PackedPrompts | None = None,
     adapters: Mapping[str, AdapterTerm] | None = None,
     intervene: Intervention | None = None,
 ) -> tuple[Float[Array, "batch seq width"], LayerCache | None]:
@@ -93,7 +109,7 @@ def block(
     """
     assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
     adapters = adapters or {}
-    num_rows = None if rows is None else rows.num_rows
+    num_rows = rows.num_rows if isinstance(rows, SlotRows) else None
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
     project = partial(_project, weights, adapters, num_rows)
     query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
@@ -102,6 +118,8 @@ def block(
         assert padding_mask is not None
         mask = masks.visible_unpadded(positions, padding_mask, traits.window_tokens)
         context = attend(query, key, value, mask, logit_cap=config.attention_soft_cap)
+    elif isinstance(rows, PackedPrompts):
+        context, cache = _attend_prompts(config, traits, query, key, value, rows)
     else:
         cache = kv_cache.write(rows.cache, rows.slots, positions, key, value)
         context = _attend_rows(config, traits, query, rows._replace(cache=cache), positions)
@@ -182,6 +200,59 @@ def _attend_rows(
         positions[: rows.num_rows],
     )
     return padded_again(jax.lax.map(attend_row, real), rows.num_rows)
+
+
+def _attend_prompts(
+    config: GemmaConfig,
+    traits: LayerTraits,
+    query: Float[Array, "1 seq heads head_dim"],
+    key: Float[Array, "1 seq kv_heads head_dim"],
+    value: Float[Array, "1 seq kv_heads head_dim"],
+    prompts: PackedPrompts,
+) -> tuple[Float[Array, "1 seq heads head_dim"], LayerCache]:
+    """Attention prompt by prompt, each in the shape of the whole chunk and at its beginning.
+
+    So a prompt meets the same program, and gets the same bits, alone and behind others. Zeros are
+    written behind its last token: a neighbour that is not finite must not get into its slot. What
+    it leaves there in the result is overwritten by the next prompt.
+    """
+    seq = query.shape[1]
+    # Room for a prompt that begins at the last token.
+    query, key, value = (
+        jnp.concatenate([x, jnp.zeros_like(x)], axis=1) for x in (query, key, value)
+    )
+
+    def add_prompt(
+        index: Int[Array, ""], carry: tuple[Array, LayerCache]
+    ) -> tuple[Array, LayerCache]:
+        context, cache = carry
+        offset, slot = prompts.offsets[index], prompts.slots[index]
+        places = jnp.arange(seq, dtype=jnp.int32)
+        positions = prompts.starts[index] + places
+        is_own = (places < prompts.lengths[index])[None, :, None, None]
+
+        def own(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, offset, seq, axis=1)
+
+        def own_or_zero(x: Array) -> Array:
+            return jnp.where(is_own, own(x), jnp.zeros((), x.dtype))
+
+        cache = kv_cache.write(
+            cache, slot[None], positions[None], own_or_zero(key), own_or_zero(value)
+        )
+        attended = attend_slot(
+            own(query)[0],
+            cache,
+            slot,
+            positions,
+            traits.window_tokens,
+            logit_cap=config.attention_soft_cap,
+        )
+        return jax.lax.dynamic_update_slice_in_dim(context, attended[None], offset, axis=1), cache
+
+    start = (jnp.zeros_like(query), prompts.cache)
+    context, cache = jax.lax.fori_loop(0, prompts.num_prompts, add_prompt, start)
+    return context[:, :seq], cache
 
 
 def _feed_forward(

@@ -1,7 +1,7 @@
 """Penalties on tokens that a sequence has already, and biases that a request adds.
 
-Everything a row needs comes with it: its tokens so far, as ids. So nothing of it stays on the
-device between steps, and a row's logits depend on its own request alone.
+The tokens are counted anew at every step, from the slot's own ids. So no count stays on the device
+between steps, and a row's logits depend on its own request alone.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,6 @@ class PenaltyRows(NamedTuple):
             negative one; 1 is off.
         presence: Taken from the logit of a token of the completion; 0 is off.
         frequency: Taken from it once for each time it is there; 0 is off.
-        history: The row's tokens so far, prompt first; V fills it up.
-        num_prompt: How many of them are the prompt.
         bias_ids: V fills it up.
         biases: Added to the logits of ``bias_ids``.
     """
@@ -28,21 +26,28 @@ class PenaltyRows(NamedTuple):
     repetition: Float[Array, " batch"]
     presence: Float[Array, " batch"]
     frequency: Float[Array, " batch"]
-    history: Int[Array, "batch history"]
-    num_prompt: Int[Array, " batch"]
     bias_ids: Int[Array, "batch biases"]
     biases: Float[Array, "batch biases"]
 
 
-def adjust(logits: Float[Array, " vocab"], row: PenaltyRows) -> Float[Array, " vocab"]:
+def adjust(
+    logits: Float[Array, " vocab"],
+    row: PenaltyRows,
+    history: Int[Array, " history"],
+    num_prompt: Int[Array, ""],
+) -> Float[Array, " vocab"]:
     """One row's logits with its penalties, then with its biases; what is off is skipped.
 
     Args:
         logits: float32.
         row: `PenaltyRows` without the batch axis.
+        history: The row's tokens so far, prompt first; V where there is none.
+        num_prompt: How many of them are the prompt.
     """
     is_penalized = (row.repetition != 1) | (row.presence != 0) | (row.frequency != 0)
-    penalized = jax.lax.cond(is_penalized, lambda: _penalized(logits, row), lambda: logits)
+    penalized = jax.lax.cond(
+        is_penalized, lambda: _penalized(logits, row, history, num_prompt), lambda: logits
+    )
     return jax.lax.cond(
         jnp.any(row.bias_ids < logits.shape[0]),
         lambda: penalized.at[row.bias_ids].add(row.biases, mode="drop"),
@@ -50,12 +55,17 @@ def adjust(logits: Float[Array, " vocab"], row: PenaltyRows) -> Float[Array, " v
     )
 
 
-def _penalized(logits: Float[Array, " vocab"], row: PenaltyRows) -> Float[Array, " vocab"]:
-    is_completion = jnp.arange(row.history.shape[0]) >= row.num_prompt
+def _penalized(
+    logits: Float[Array, " vocab"],
+    row: PenaltyRows,
+    history: Int[Array, " history"],
+    num_prompt: Int[Array, ""],
+) -> Float[Array, " vocab"]:
+    is_completion = jnp.arange(history.shape[0]) >= num_prompt
     # Counts are whole numbers: the order in which a scatter adds them is not in the result.
     nothing = jnp.zeros(logits.shape, jnp.float32)
-    counts = nothing.at[row.history].add(is_completion.astype(jnp.float32), mode="drop")
-    is_seen = nothing.at[row.history].set(1.0, mode="drop") > 0
+    counts = nothing.at[history].add(is_completion.astype(jnp.float32), mode="drop")
+    is_seen = nothing.at[history].set(1.0, mode="drop") > 0
     repeated = jnp.where(logits > 0, logits / row.repetition, logits * row.repetition)
     penalized = jnp.where(is_seen, repeated, logits)
     return penalized - row.frequency * counts - jnp.where(counts > 0, row.presence, 0.0)

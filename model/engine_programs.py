@@ -1,0 +1,117 @@
+"""The closed set of an engine's programs, by name:
+
+* ``decode[rows]``: steps of 2, 4 or 8 rows (a lone row runs beside an empty one);
+* ``embed[tokens]`` and ``block[tokens, positions]``: one chunk of prompts, block by block, one
+  program for all layers whose cache has the same number of positions;
+* ``begin``: the tokens of a prompt into a slot;
+* ``copy``: the blocks of one slot's prompt into another slot, all layers;
+* ``take`` and ``put``: one block of a slot, all layers, out of the caches and back.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from model.config import GemmaConfig
+from model.decode import RuleRows, SlotStates, decode_steps
+from model.gemma.block import LayerTraits
+from model.gemma.weights import GemmaWeights
+from model.prefill import CHUNK_BUCKETS, ChunkRows, embed_chunk, num_packed, prefill_block
+from model.programs import ProgramSpec
+from model.slot_blocks import put_block, take_block
+from model.slot_copy import copy_slot
+
+ROW_BUCKETS = (2, 4, 8)
+
+
+def row_buckets(num_slots: int) -> tuple[int, ...]:
+    """Row counts of the decode programs for ``num_slots`` slots.
+
+    A lone row runs as two, so that it meets the same products as in company; more than eight rows
+    run as several dispatches, which is faster than one of twelve or sixteen.
+    """
+    needed = next((rows for rows in ROW_BUCKETS if rows >= num_slots), ROW_BUCKETS[-1])
+    return tuple(rows for rows in ROW_BUCKETS if rows <= needed)
+
+
+def write_tokens(
+    tokens: Int[Array, "slots context"], slot: Int[Array, ""], prompt: Int[Array, " context"]
+) -> Int[Array, "slots context"]:
+    """The tokens of all slots with those of a prompt, filled up, in one of them."""
+    return jax.lax.dynamic_update_slice(tokens, prompt[None], (slot, 0))
+
+
+class ProgramSet:
+    """What has to be compiled for one model and number of slots.
+
+    Args:
+        config: The architecture.
+        weights: On the device.
+        traits: Of the layers.
+        states: Of the slots.
+        rules_of: `RuleRows` of fillers only, for a number of rows.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        weights: GemmaWeights,
+        traits: list[LayerTraits],
+        states: SlotStates,
+        rules_of: Callable[[int], RuleRows],
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._traits = traits
+        self._states = states
+        self._rules_of = rules_of
+
+    def specs(self) -> Iterator[ProgramSpec]:
+        """All programs."""
+        num_slots, context = self._states.tokens.shape
+        yield from (self._decode(rows) for rows in row_buckets(num_slots))
+        # Layers with the same number of positions share a program; any of them gives the shapes.
+        caches = self._states.caches
+        layer_of_size = {cache.num_positions: i for i, cache in enumerate(caches)}
+        for bucket in CHUNK_BUCKETS:
+            embeddings = self._weights.embeddings
+            token_ids = _integers(1, bucket)
+            yield ProgramSpec(f"embed[{bucket}]", embed_chunk, (embeddings, token_ids))
+            yield from (self._block(bucket, layer) for layer in layer_of_size.values())
+        number = _integers()
+        tokens = (self._states.tokens, number, _integers(context))
+        yield ProgramSpec("begin", write_tokens, tokens, donated=(0,))
+        yield ProgramSpec("copy", copy_slot, (caches, number, number, number), donated=(0,))
+        yield ProgramSpec("take", take_block, (caches, number, number))
+        kept, _ = jax.eval_shape(take_block, caches, number, number)
+        yield ProgramSpec("put", put_block, (caches, number, number, kept), donated=(0,))
+
+    def _decode(self, rows: int) -> ProgramSpec:
+        numbers = _integers(rows)
+        model = (self._weights, self._traits, self._states)
+        return ProgramSpec(
+            f"decode[{rows}]",
+            partial(decode_steps, self._config),
+            (*model, numbers, numbers, self._rules_of(rows), _integers()),
+            donated=(2,),
+        )
+
+    def _block(self, bucket: int, layer: int) -> ProgramSpec:
+        cache = self._states.caches[layer]
+        x = jax.ShapeDtypeStruct((1, bucket, self._config.hidden_dim), jnp.float32)
+        each = _integers(num_packed(bucket))
+        rows = ChunkRows(_integers(1, bucket), each, each, each, each, _integers())
+        return ProgramSpec(
+            f"block[{bucket},{cache.num_positions}]",
+            partial(prefill_block, self._config),
+            (self._weights.blocks[layer], self._traits[layer], cache, x, rows),
+            donated=(2, 3),
+        )
+
+
+def _integers(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

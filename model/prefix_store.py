@@ -1,0 +1,58 @@
+"""Blocks of prompts that were prefilled, for later prompts that begin with the same tokens.
+
+Bounded in bytes; what was not used for longest goes first. A key stands for everything that made
+the block: its tokens, all tokens before them, and who may know of them. The store never looks into
+it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from model.slot_blocks import KeptBlock
+
+
+class PrefixStore:
+    """Blocks by key.
+
+    Args:
+        max_bytes: Of all blocks together.
+        block_bytes: Of one; all are alike.
+    """
+
+    def __init__(self, max_bytes: int, block_bytes: int) -> None:
+        self._max_blocks = max_bytes // block_bytes
+        self._blocks: OrderedDict[bytes, KeptBlock] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def wants(self, key: bytes) -> bool:
+        """Whether a block under this key would be kept and is not there yet."""
+        return self._max_blocks > 0 and key not in self._blocks
+
+    def add(self, keys: Sequence[bytes], block: KeptBlock) -> None:
+        """Keeps a block that it `wants`, under the last of ``keys``.
+
+        The others are those of the blocks before it. They stay longer: without them it is of no
+        use.
+        """
+        self._blocks[keys[-1]] = block
+        self._touch(keys[:-1])
+        while len(self._blocks) > self._max_blocks:
+            self._blocks.popitem(last=False)
+
+    def leading(self, keys: Sequence[bytes]) -> list[KeptBlock]:
+        """The blocks under the first keys, up to the first that is not there."""
+        found = []
+        for key in keys:
+            if key not in self._blocks:
+                break
+            found.append(self._blocks[key])
+        self._touch(keys[: len(found)])
+        return found
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """The first is the last to go."""
+        for key in reversed(keys):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
