@@ -112,10 +112,11 @@ def advance_rows(
 
 
 class _Progress(NamedTuple):
-    """Between two steps: how many were made, and which rows go on."""
+    """Between two steps: how many were made, which rows go on, and the ids that ended others."""
 
     step: Int[Array, ""]
     goes_on: Bool[Array, " batch"]
+    stopped_by: Int[Array, " batch"]
     states: SlotStates
     outputs: DecodeOutputs
 
@@ -153,6 +154,7 @@ def decode_steps(
     first = _Progress(
         jnp.int32(0),
         (slots < num_slots) & ~has_ended & (positions + 1 < rules.end),
+        jnp.full(num_rows, config.vocabulary_size, jnp.int32),
         states,
         _no_outputs(config, num_rows),
     )
@@ -176,12 +178,16 @@ def decode_steps(
             at.outputs,
             drawn._replace(is_drawn=at.goes_on),
         )
-        ends = _is_stop(drawn.token_ids, rules.stop_ids) | (drawn_at + 1 >= rules.end)
-        goes_on = at.goes_on & ~ends & drawn.is_finite
-        return _Progress(at.step + 1, goes_on, states, outputs)
+        is_stop = _is_stop(drawn.token_ids, rules.stop_ids)
+        stopped_by = jnp.where(at.goes_on & is_stop, drawn.token_ids, at.stopped_by)
+        goes_on = at.goes_on & ~is_stop & (drawn_at + 1 < rules.end) & drawn.is_finite
+        return _Progress(at.step + 1, goes_on, stopped_by, states, outputs)
 
     last = jax.lax.while_loop(is_unfinished, step, first)
-    return last.states, last.outputs
+    # The next dispatch looks for the end of a row where it begins itself.
+    ended = jnp.where(last.stopped_by < config.vocabulary_size, slots, num_slots)
+    tokens = last.states.tokens.at[ended, positions + num_steps].set(last.stopped_by, mode="drop")
+    return last.states._replace(tokens=tokens), last.outputs
 
 
 def _is_stop(

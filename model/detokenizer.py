@@ -30,6 +30,11 @@ class StreamingDetokenizer:
         self._held = ""
         self.stopped_by: str | None = None
 
+    @property
+    def holds_part_of_stop(self) -> bool:
+        """Whether the text so far ends with what a stop string begins with."""
+        return bool(self._held)
+
     def add(self, token_id: int, *, may_stop: bool = True) -> str:
         """Takes one token in; returns the text that it makes safe to send.
 

@@ -160,6 +160,7 @@ class GemmaEngine:
             chunk_tokens=BLOCK_TOKENS,
             packed_tokens=PACKED_TOKENS,
             packed_prompts=MAX_PACKED_PROMPTS,
+            keeps_prefixes=self._prefixes.max_blocks > 0,
             buckets={"decode_rows": [*rows], "prefill_tokens": [*CHUNK_BUCKETS]},
             programs=tuple(self._programs),
             has_tokenizer=self.codec.bos_id is not None,

@@ -20,7 +20,7 @@ class PrefixStore:
     """
 
     def __init__(self, max_bytes: int, block_bytes: int) -> None:
-        self._max_blocks = max_bytes // block_bytes
+        self.max_blocks = max_bytes // block_bytes
         self._blocks: OrderedDict[bytes, KeptBlock] = OrderedDict()
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class PrefixStore:
 
     def wants(self, key: bytes) -> bool:
         """Whether a block under this key would be kept and is not there yet."""
-        return self._max_blocks > 0 and key not in self._blocks
+        return self.max_blocks > 0 and key not in self._blocks
 
     def add(self, keys: Sequence[bytes], block: KeptBlock) -> None:
         """Keeps a block that it `wants`, under the last of ``keys``.
@@ -38,7 +38,7 @@ class PrefixStore:
         """
         self._blocks[keys[-1]] = block
         self._touch(keys[:-1])
-        while len(self._blocks) > self._max_blocks:
+        while len(self._blocks) > self.max_blocks:
             self._blocks.popitem(last=False)
 
     def leading(self, keys: Sequence[bytes]) -> list[KeptBlock]:

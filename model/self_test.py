@@ -5,7 +5,7 @@ but that rests on what XLA makes of a product on a kind of processor. So an engi
 its first request, on its own slots; what they hold afterwards is never seen. Three claims:
 
 * a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
-  there, whatever else is in the chunk, in every chunk program the same;
+  there, and whatever else is in the chunk: tokens, padding or other prompts;
 * a copied prompt is the prompt;
 * a step gives a row the same bits alone and in any number of rows, at any place, however long its
   neighbours are and however they draw.
@@ -103,54 +103,50 @@ def compare_bits(subject: Subject) -> SelfTest:
     )
 
 
-def _chunk_lengths(info: EngineInfo) -> list[int]:
-    """Two prompts for each program, one padded and one full, of no more than a block."""
-    room = min(info.context_tokens, info.chunk_tokens)
-    sizes = [0, *info.buckets["prefill_tokens"]]
-    spans = [(low, min(high, room)) for low, high in pairwise(sizes) if low < room]
-    return [length for low, high in spans for length in ((low + high) // 2 + 1, high)]
-
-
 def _compare_chunks(subject: Subject, token_ids: Sequence[int]) -> tuple[list[int], int]:
     """How many tokens of the prompt each slot then holds, and how many positions were compared.
 
-    Every program must write what the longest one does. The longest prompt is in slot 0 at the end,
-    and goes on there into a second block of keys.
+    Two prompts for each program, one padded and one full, and prompts that share a chunk. The
+    longest is the last, in slot 0, and goes on there into a second block of keys.
     """
     info = subject.info
-    *lengths, longest = _chunk_lengths(info)
+    room = min(info.context_tokens, info.chunk_tokens)
+    sizes = [0, *info.buckets["prefill_tokens"]]
+    spans = [(low, min(high, room)) for low, high in pairwise(sizes) if low < room]
     num_held = [0] * info.num_slots
-    packed = _packed_lengths(info, longest)
+    num_compared = 0
 
-    def hold(*prompts: tuple[int, int]) -> None:
-        _prefill(subject, [PromptChunk(slot, token_ids[:count], 0) for slot, count in prompts])
-        for slot, count in prompts:
+    def hold(batch: _Batch) -> None:
+        _prefill(subject, [PromptChunk(slot, token_ids[:count], 0) for slot, count in batch])
+        for slot, count in batch:
             num_held[slot] = count
 
-    hold((0, longest))
-    positions = {place for count in (*lengths, *packed) for place in _some_positions(0, count)}
-    expected = {place: _held_bits(subject, 0, place) for place in sorted(positions)}
-    num_compared = 0
-    batches = [[(place % info.num_slots, count)] for place, count in enumerate(lengths)]
-    for batch in [*batches, list(enumerate(packed))]:
-        if batch:
-            hold(*batch)
-        for slot, count in batch:
-            for place in _some_positions(0, count):
-                if _held_bits(subject, slot, place) != expected[place]:
-                    among = " and ".join(str(count) for _, count in batch)
-                    raise SelfTestFailed(_other_bits(info, place, among, str(longest)))
-                num_compared += 1
-    hold((0, longest))
+    for place, (low, high) in enumerate(spans):
+        slot = 2 * (len(spans) - 1 - place) % info.num_slots
+        other = (slot + 1) % info.num_slots
+        batches: list[_Batch] = [[(other, (low + high) // 2 + 1)]]
+        if place == 0 and other != slot and info.packed_prompts > 1:
+            first = min(info.packed_tokens // 3, high)
+            batches.append([(other, first), (slot, min(info.packed_tokens - first, high))])
+        hold([(slot, high)])
+        counts = [count for batch in batches for _, count in batch]
+        positions = sorted({each for count in counts for each in _some_positions(0, count)})
+        expected = {position: _held_bits(subject, slot, position) for position in positions}
+        for batch in batches:
+            hold(batch)
+            for held_in, count in batch:
+                for position in _some_positions(0, count):
+                    if _held_bits(subject, held_in, position) != expected[position]:
+                        among = " and ".join(str(count) for _, count in batch)
+                        raise SelfTestFailed(_other_bits(info, position, among, str(high)))
+                    num_compared += 1
+    if num_held[0] < room:
+        hold([(0, room)])
     return num_held, num_compared + _compare_second_block(subject, token_ids, num_held)
 
 
-def _packed_lengths(info: EngineInfo, longest: int) -> tuple[int, ...]:
-    """Of two prompts that fill a chunk together, if there are slots for both."""
-    if info.num_slots < 2 or info.packed_prompts < 2:
-        return ()
-    first = min(info.packed_tokens // 3, longest)
-    return first, min(info.packed_tokens - first, longest)
+# Slots, and how many tokens of the prompt each gets.
+_Batch = list[tuple[int, int]]
 
 
 def _compare_second_block(subject: Subject, token_ids: Sequence[int], num_held: list[int]) -> int:

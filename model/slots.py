@@ -73,8 +73,8 @@ class EngineInfo:
     ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
     without ``has_tokenizer`` there are token ids and no text. Up to
     ``packed_prompts`` prompts with no more than ``packed_tokens`` left together may be prefilled
-    together. ``self_test`` is None for an engine
-    that needs none.
+    together. ``keeps_prefixes`` tells whether `Engine.keep` keeps anything. ``self_test`` is None
+    for an engine that needs none.
     """
 
     preset: str
@@ -94,6 +94,7 @@ class EngineInfo:
     chunk_tokens: int
     packed_tokens: int = 0
     packed_prompts: int = 1
+    keeps_prefixes: bool = False
     buckets: dict[str, list[int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
     has_tokenizer: bool = True

@@ -60,6 +60,12 @@ class Metrics:
         self.prompt_tokens = Counter(
             "gemma_prompt_tokens", "Prompt tokens taken.", ("op", "adapter"), registry=registry
         )
+        self.cached_tokens = Counter(
+            "gemma_prefix_cached_tokens",
+            "Prompt tokens that an earlier prompt had left.",
+            ("adapter",),
+            registry=registry,
+        )
         self.generation_tokens = Counter(
             "gemma_generation_tokens", "Tokens generated.", ("adapter",), registry=registry
         )
@@ -135,6 +141,7 @@ class Metrics:
         for gauge in (self.requests_running, self.requests_waiting):
             gauge.labels(_OPERATION)
         self.prompt_tokens.labels(_OPERATION, _BASE)
+        self.cached_tokens.labels(_BASE)
         self.generation_tokens.labels(_BASE)
         for reason in _FINISH_REASONS:
             self.successes.labels(_OPERATION, reason)
@@ -202,10 +209,13 @@ class GenerationMeter:
         self._last_token_at[output] = now
         self._metrics.generation_tokens.labels(_BASE).inc(count)
 
-    def finished(self, finish_reasons: list[str], queue_seconds: float) -> None:
+    def finished(
+        self, finish_reasons: list[str], queue_seconds: float, num_cached_tokens: int
+    ) -> None:
         elapsed = time.monotonic() - self._arrived_at
         self._metrics.e2e.labels(_OPERATION).observe(elapsed)
         self._metrics.queue_time.labels(_OPERATION).observe(queue_seconds)
+        self._metrics.cached_tokens.labels(_BASE).inc(num_cached_tokens)
         for reason in finish_reasons:
             self._metrics.successes.labels(_OPERATION, reason).inc()
         if "timeout" in finish_reasons:

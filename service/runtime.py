@@ -234,6 +234,7 @@ def _load_command(settings: Settings) -> Load:
         context_tokens=settings.context_tokens,
         max_queued_requests=settings.queue_requests,
         max_queued_tokens=settings.queue_tokens,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
     )
 
 

@@ -65,6 +65,12 @@ class Settings(BaseSettings):
     queue_tokens: int = Field(
         262_144, ge=1, le=16_777_216, description="Prompt tokens that may wait for a slot."
     )
+    prefix_cache_bytes: int = Field(
+        268_435_456,
+        ge=0,
+        le=1_099_511_627_776,
+        description="Memory for blocks of prompts that later prompts begin with; 0 turns it off.",
+    )
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
     )

@@ -45,11 +45,11 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine_of(cache_dir: Path) -> Callable[[str], GemmaEngine]:
-    """Loads the engine of a golden set once: 4 slots of 1,024 tokens."""
+    """Loads the engine of a golden set once: 4 slots of 1,024 tokens, room for kept blocks."""
 
     @functools.cache
     def load(name: str) -> GemmaEngine:
         preset = str(goldens.preset_directory(name))
-        return engine.load(EngineOptions(preset, 4, 1024, cache_dir), no_progress)
+        return engine.load(EngineOptions(preset, 4, 1024, cache_dir, 2**26), no_progress)
 
     return load

@@ -6,7 +6,7 @@ nothing.
 
 import pytest
 
-from model.slots import DecodeRow, SampledToken, Sampling
+from model.slots import DecodeRow, RowRules, SampledToken, Sampling
 from service.protocol.messages import (
     OutputEnd,
     Piece,
@@ -40,20 +40,41 @@ def completion(
 
 def texts(subject: Completion, *token_ids: int) -> list[str]:
     """What each token makes safe to send."""
-    return [subject.take(SampledToken(token_id)).piece.text for token_id in token_ids]
+    return [subject.take([SampledToken(token_id)]).piece.text for token_id in token_ids]
 
 
 def test_each_token_is_a_piece_of_its_output():
-    step = completion().take(SampledToken(12))
+    step = completion().take([SampledToken(12)])
     assert step.piece == Piece("r", 3, (12,), " 12", ())
     assert step.end is None
 
 
 def test_the_last_prompt_token_decodes_first_and_then_each_new_one():
-    subject = completion()
-    assert subject.decode_row() == DecodeRow(slot=5, token_id=8, position=2, sampling=GREEDY)
-    subject.take(SampledToken(12))
-    assert subject.decode_row() == DecodeRow(slot=5, token_id=12, position=3, sampling=GREEDY)
+    subject = completion(max_tokens=6, min_tokens=1, stop_ids=(50,))
+    rules = RowRules(GREEDY, num_prompt=3, end=9, stop_ids=(50, 999), may_stop_at=4)
+    assert subject.decode_row(1) == DecodeRow(slot=5, position=2, rules=rules)
+    # The next dispatch starts before the last one is read.
+    assert subject.decode_row(3) == DecodeRow(slot=5, position=3, rules=rules)
+    assert subject.num_steps_left == 2
+    assert subject.decode_row(8).position == 6
+    assert subject.num_steps_left == 0
+
+
+def test_the_tokens_of_a_dispatch_are_one_piece_up_to_the_one_that_ends_it():
+    subject = completion("34")
+    step = subject.take([SampledToken(id_) for id_ in (1, 2, 34, 5)])
+    assert step.piece == Piece("r", 3, (1, 2, 34), " 1 2 ", ())
+    assert step.end == OutputEnd("stop", "34", num_tokens=3)
+
+
+def test_text_that_may_become_a_stop_string_is_known():
+    subject = completion("3 4")
+    subject.take([SampledToken(2)])
+    assert not subject.may_be_stopping
+    subject.take([SampledToken(3)])
+    assert subject.may_be_stopping
+    subject.take([SampledToken(5)])
+    assert not subject.may_be_stopping
 
 
 def test_max_tokens_ends_with_length_at_exactly_that_token():
@@ -67,7 +88,7 @@ def test_max_tokens_ends_with_length_at_exactly_that_token():
 def test_eos_ends_the_output_and_is_counted_and_sent_but_is_no_text():
     subject = completion()
     texts(subject, 1)
-    step = subject.take(SampledToken(999))
+    step = subject.take([SampledToken(999)])
     assert step.piece == Piece("r", 3, (999,), "", ())
     assert step.end == OutputEnd("stop", 999, num_tokens=2)
 
@@ -132,16 +153,12 @@ def test_a_stop_string_in_the_last_token_stops_and_is_not_length():
 
 
 def test_until_min_tokens_the_ids_that_stop_must_not_be_drawn():
-    subject = completion(min_tokens=2, stop_ids=(50,))
-    banned = []
-    for token_id in (1, 2, 3):
-        banned.append(subject.decode_row().banned_ids)
-        subject.take(SampledToken(token_id))
-    assert banned == [(50, 999), (50, 999), ()]
+    rules = completion(min_tokens=2, stop_ids=(50,)).decode_row(1).rules
+    assert (rules.stop_ids, rules.may_stop_at) == ((50, 999), 5)
 
 
 def test_ignored_eos_may_be_drawn_before_min_tokens():
-    assert completion(min_tokens=2, ignore_eos=True).decode_row().banned_ids == ()
+    assert completion(min_tokens=2, ignore_eos=True).decode_row(1).rules.stop_ids == ()
 
 
 def test_a_stop_string_before_min_tokens_is_text_and_the_next_one_stops():
@@ -161,13 +178,13 @@ def test_nothing_follows_the_end():
     subject = completion(max_tokens=1)
     texts(subject, 1)
     with pytest.raises(AssertionError, match="after the end"):
-        subject.take(SampledToken(2))
+        subject.take([SampledToken(2)])
     with pytest.raises(AssertionError, match="ended twice"):
         subject.cut("timeout")
 
 
 def test_logprobs_come_with_their_token_as_the_vocabulary_writes_it():
-    step = completion().take(SampledToken(12, -0.5, ((12, -0.5), (999, -2.0))))
+    step = completion().take([SampledToken(12, -0.5, ((12, -0.5), (999, -2.0)))])
     twelve = TokenLogprob(12, " 12", (32, 49, 50), -0.5)
     eos = TokenLogprob(999, " 999", (), -2.0)
     assert step.piece.logprobs == (TokenLogprobs(chosen=twelve, top=(twelve, eos)),)

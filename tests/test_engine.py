@@ -5,11 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.engine import load, row_buckets
+from model.engine import load
+from model.engine_programs import row_buckets
 from model.errors import SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma.forward import forward
 from model.progress import no_progress
-from model.slots import MAX_LOGPROBS, DecodeRow, EngineOptions, Sampling
+from model.slots import (
+    MAX_LOGPROBS,
+    MAX_STEPS,
+    DecodeRow,
+    EngineOptions,
+    PromptChunk,
+    RowRules,
+    Sampling,
+)
 from tests import goldens
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
@@ -21,11 +30,24 @@ def random_tokens(num_tokens, seed=0):
     return np.random.default_rng(seed).integers(12, 512, num_tokens).tolist()
 
 
+def run_chunks(engine, *chunks):
+    for _ in engine.prefill(chunks):
+        pass
+
+
+def chunks_of(engine, slot, prompt, num_held=0):
+    """All but the last token, in chunks, from the first that is not held."""
+    size, end = engine.info.chunk_tokens, len(prompt) - 1
+    return [
+        PromptChunk(slot, prompt[start : min(start + size, end)], start)
+        for start in range(num_held, end, size)
+    ]
+
+
 def prefill(engine, slot, prompt):
-    """All but the last token, in chunks."""
-    chunk = engine.info.chunk_tokens
-    for start in range(0, len(prompt) - 1, chunk):
-        engine.prefill(slot, prompt[start : min(start + chunk, len(prompt) - 1)], start)
+    engine.begin(slot, prompt)
+    for chunk in chunks_of(engine, slot, prompt):
+        run_chunks(engine, chunk)
 
 
 def continue_alone(engine, prompt, num_tokens, *, slot=0, sampling=GREEDY):
@@ -35,19 +57,32 @@ def continue_alone(engine, prompt, num_tokens, *, slot=0, sampling=GREEDY):
     return continued
 
 
-def continue_together(engine, prompts, num_tokens, samplings):
+def rules_of(prompt, num_tokens, sampling=GREEDY, **others):
+    end = len(prompt) + num_tokens
+    return RowRules(sampling, len(prompt), end, **{"num_logprobs": 0, **others})
+
+
+def continue_together(engine, prompts, num_tokens, samplings, *, num_steps=1):
     """Tokens and log-probabilities of prompts that their slots hold already, in that order."""
-    tokens = {slot: list(prompt) for slot, prompt in prompts.items()}
-    logprobs = {slot: [] for slot in prompts}
-    for _ in range(num_tokens):
+    rules = {slot: rules_of(ids, num_tokens, samplings[slot]) for slot, ids in prompts.items()}
+    for slot, prompt in prompts.items():
+        engine.begin(slot, prompt)
+    drawn = {slot: [] for slot in prompts}
+    for done in range(0, num_tokens, num_steps):
         rows = [
-            DecodeRow(slot, ids[-1], len(ids) - 1, samplings[slot], num_logprobs=0)
-            for slot, ids in tokens.items()
+            DecodeRow(slot, len(prompt) - 1 + done, rules[slot]) for slot, prompt in prompts.items()
         ]
-        for row, sampled in zip(rows, engine.decode(rows), strict=True):
-            tokens[row.slot].append(sampled.token_id)
-            logprobs[row.slot].append(sampled.logprob)
-    return [(tokens[slot][len(prompt) :], logprobs[slot]) for slot, prompt in prompts.items()]
+        for row, tokens in zip(rows, engine.decode(rows, num_steps).tokens(), strict=True):
+            drawn[row.slot] += tokens
+    return [
+        ([token.token_id for token in tokens], [token.logprob for token in tokens])
+        for tokens in drawn.values()
+    ]
+
+
+def one_step(engine, *rows):
+    """What each row draws, in one step."""
+    return [token for (token,) in engine.decode(rows, 1).tokens()]
 
 
 def full_logprobs(name, tokens):
@@ -130,7 +165,8 @@ def test_alternatives_are_the_likeliest_tokens_of_the_models_own_distribution(en
     engine, prompt = engine_of("gemma2_tiny"), random_tokens(20)
     prefill(engine, 0, prompt)
     hot = Sampling(temperature=3.0, top_k=2, top_p=0.5, seed=5)
-    (sampled,) = engine.decode([DecodeRow(0, prompt[-1], 19, hot, (), MAX_LOGPROBS)])
+    rules = rules_of(prompt, 1, hot, num_logprobs=MAX_LOGPROBS)
+    (sampled,) = one_step(engine, DecodeRow(0, 19, rules))
     expected = full_logprobs("gemma2_tiny", prompt)[-1]
     best = np.argsort(-expected)[:MAX_LOGPROBS]
     assert [token_id for token_id, _ in sampled.top] == best.tolist()
@@ -157,14 +193,122 @@ def test_a_vanishing_temperature_is_greedy(engine_of):
         assert continue_alone(engine, prompt, 5, sampling=cold) == greedy
 
 
-def test_banned_ids_are_never_drawn(engine_of):
+def test_stop_ids_are_not_drawn_before_a_row_may_stop(engine_of):
     engine, prompt = engine_of("gemma3_tiny"), random_tokens(10)
     prefill(engine, 0, prompt)
-    banned = ()
+    stop_ids = ()
     for _ in range(6):
-        (sampled,) = engine.decode([DecodeRow(0, prompt[-1], 9, GREEDY, banned)])
-        assert sampled.token_id not in banned
-        banned = (*banned, sampled.token_id)
+        rules = rules_of(prompt, 9, stop_ids=stop_ids, may_stop_at=11)
+        (sampled,) = one_step(engine, DecodeRow(0, 9, rules))
+        assert sampled.token_id not in stop_ids
+        stop_ids = (*stop_ids, sampled.token_id)
+    (sampled,) = one_step(engine, DecodeRow(0, 9, rules_of(prompt, 9, stop_ids=stop_ids)))
+    assert sampled.token_id == stop_ids[0]
+
+
+@PRESETS
+def test_several_steps_of_a_dispatch_draw_what_single_steps_do_to_the_last_bit(name, engine_of):
+    engine = engine_of(name)
+    prompts = {slot: random_tokens(n, seed=n) for slot, n in ((2, 300), (0, 3), (1, 254))}
+    hot = Sampling(0.7, 40, 1.0, 8, repetition_penalty=1.4, frequency_penalty=0.3)
+    samplings = {0: GREEDY, 1: Sampling(1.5, 0, 0.9, 7), 2: hot}
+    for slot, prompt in prompts.items():
+        prefill(engine, slot, prompt)
+    expected = continue_together(engine, prompts, 10, samplings)
+    for num_steps in (3, MAX_STEPS):
+        got = continue_together(engine, prompts, 10, samplings, num_steps=num_steps)
+        assert got == expected
+
+
+def test_a_row_ends_at_a_stop_id_or_at_its_length_and_the_others_go_on(engine_of):
+    engine = engine_of("gemma3_tiny")
+    prompts = {slot: random_tokens(4 + slot, seed=slot) for slot in range(3)}
+    alone = {
+        slot: continue_alone(engine, prompt, MAX_STEPS, slot=slot)[0]
+        for slot, prompt in prompts.items()
+    }
+    stop_id = alone[1][3]
+    rules = {
+        0: rules_of(prompts[0], 5),
+        1: rules_of(prompts[1], MAX_STEPS, stop_ids=(stop_id,)),
+        2: rules_of(prompts[2], MAX_STEPS),
+    }
+    for slot, prompt in prompts.items():
+        engine.begin(slot, prompt)
+    rows = [DecodeRow(slot, len(prompts[slot]) - 1, rules[slot]) for slot in prompts]
+    drawn = [[token.token_id for token in tokens] for tokens in engine.decode(rows, 8).tokens()]
+    num_until_stop = alone[1].index(stop_id) + 1
+    assert drawn == [alone[0][:5], alone[1][:num_until_stop], alone[2]]
+    # What has ended draws nothing in a dispatch that was asked for before that was known.
+    late = [DecodeRow(slot, len(prompts[slot]) - 1 + MAX_STEPS, rules[slot]) for slot in (0, 1)]
+    assert engine.decode(late, 2).tokens() == [[], []]
+
+
+@PRESETS
+def test_prompts_that_are_prefilled_together_are_continued_as_alone_to_the_last_bit(
+    name, engine_of
+):
+    engine = engine_of(name)
+    # 1 + 20 + 43 tokens fill a chunk; the last one has the end of a longer prompt.
+    prompts = {3: random_tokens(2, seed=2), 1: random_tokens(21, seed=21), 0: random_tokens(300, 5)}
+    samplings = dict.fromkeys(prompts, Sampling(1.5, 0, 0.9, 7))
+    alone = [
+        continue_alone(engine, prompt, 6, slot=slot, sampling=samplings[slot])
+        for slot, prompt in prompts.items()
+    ]
+    for slot in prompts:
+        poison(engine, slot)
+    *first, last = chunks_of(engine, 0, prompts[0])
+    run_chunks(engine, *first)
+    others = [chunk for slot in (3, 1) for chunk in chunks_of(engine, slot, prompts[slot])]
+    run_chunks(engine, *others, last)
+    assert continue_together(engine, prompts, 6, samplings) == alone
+
+
+def test_a_prefill_that_pauses_at_every_layer_changes_nothing_for_itself_or_others(engine_of):
+    engine = engine_of("gemma3_tiny")
+    long, short = random_tokens(200), random_tokens(9, seed=1)
+    expected = continue_alone(engine, long, 5)
+    beside = continue_alone(engine, short, 12, slot=1)
+    prefill(engine, 1, short)
+    poison(engine, 0)
+    engine.begin(0, long)
+    rules = rules_of(short, 12)
+    drawn = []
+    for part, _ in enumerate(engine.prefill(chunks_of(engine, 0, long))):
+        drawn += one_step(engine, DecodeRow(1, 8 + part, rules))
+    assert len(drawn) == engine.info.num_layers
+    assert [token.token_id for token in drawn] == beside[0][: len(drawn)]
+    assert [token.logprob for token in drawn] == beside[1][: len(drawn)]
+    assert continue_together(engine, {0: long}, 5, {0: GREEDY}) == [expected]
+
+
+# A ring of 512 positions: the third block takes the place of the first.
+@PRESETS
+@pytest.mark.parametrize(("num_tokens", "num_kept"), [(257, 1), (300, 1), (769, 3), (800, 3)])
+def test_a_restored_prompt_is_continued_as_a_prefilled_one_to_the_last_bit(
+    name, num_tokens, num_kept, engine_of
+):
+    engine, prompt = engine_of(name), random_tokens(num_tokens)
+    alone = continue_alone(engine, prompt, 8, slot=1)
+    keys = [f"{name}{num_tokens}{block}".encode() for block in range(num_kept)]
+    engine.begin(0, prompt)
+    for block, chunk in enumerate(chunks_of(engine, 0, prompt)):
+        run_chunks(engine, chunk)
+        if len(chunk.token_ids) == 256:
+            engine.keep(0, keys[: block + 1])
+    poison(engine, 2)
+    assert engine.restore(2, [*keys, b"of another prompt"]) == num_kept
+    for chunk in chunks_of(engine, 2, prompt, num_held=256 * num_kept):
+        run_chunks(engine, chunk)
+    assert continue_together(engine, {2: prompt}, 8, {2: GREEDY}) == [alone]
+
+
+def test_a_block_that_is_not_finite_is_not_kept(engine_of):
+    engine = engine_of("gemma2_tiny")
+    poison(engine, 1)
+    engine.keep(1, [b"poisoned"])
+    assert engine.restore(0, [b"poisoned"]) == 0
 
 
 def test_nothing_compiles_once_an_engine_is_loaded(engine_of):
@@ -176,11 +320,24 @@ def test_nothing_compiles_once_an_engine_is_loaded(engine_of):
         engine.copy(0, [1, 2], num_tokens)
     for num_rows in (1, 2, 3, 4):
         rows = [
-            DecodeRow(slot, 20 + slot, slot, Sampling(0.1 * slot, slot, 1 - 0.2 * slot, slot),
-                      tuple(range(slot)), slot or None)
+            DecodeRow(
+                slot,
+                slot,
+                RowRules(
+                    Sampling(0.1 * slot, slot, 1 - 0.2 * slot, slot, 0.1 * slot, 1.0 + slot),
+                    num_prompt=slot + 1,
+                    end=20 + slot,
+                    stop_ids=tuple(range(slot)),
+                    may_stop_at=slot,
+                    num_logprobs=slot or None,
+                ),
+            )
             for slot in range(num_rows)
-        ]  # fmt: skip
-        engine.decode(rows)
+        ]
+        engine.decode(rows, 2 * num_rows).wait()
+    run_chunks(engine, PromptChunk(0, [5] * 20, 0), PromptChunk(3, [6] * 30, 256))
+    engine.keep(0, [b"x"])
+    engine.restore(1, [b"x"])
     assert engine.num_compilations == before
 
 
@@ -201,34 +358,44 @@ def test_a_context_beyond_the_trained_one_is_refused_with_both_numbers(cache_dir
 def test_a_token_outside_the_vocabulary_never_reaches_jax(token_id, engine_of):
     engine = engine_of("gemma1_tiny")
     with pytest.raises(TokenOutOfRange, match=rf"{token_id} is not in \[0, 512\)"):
-        engine.prefill(0, [5, token_id], 0)
+        run_chunks(engine, PromptChunk(0, [5, token_id], 0))
     with pytest.raises(TokenOutOfRange):
-        engine.decode([DecodeRow(0, token_id, 0, GREEDY)])
+        engine.begin(0, [token_id])
 
 
 @pytest.mark.parametrize(("start", "num_tokens"), [(1, 5), (1024, 1), (768, 257)])
 def test_a_chunk_outside_its_slot_is_refused(start, num_tokens, engine_of):
     with pytest.raises(SequenceTooLong):
-        engine_of("gemma1_tiny").prefill(0, [5] * num_tokens, start)
+        run_chunks(engine_of("gemma1_tiny"), PromptChunk(0, [5] * num_tokens, start))
+
+
+def test_prompts_that_do_not_fit_into_a_shared_chunk_are_refused(engine_of):
+    with pytest.raises(SequenceTooLong, match="hold 1 to 64 tokens"):
+        run_chunks(engine_of("gemma1_tiny"), PromptChunk(0, [5], 0), PromptChunk(1, [5] * 65, 0))
 
 
 def poison(engine, slot):
     """Fills one slot of every layer with NaN."""
-    engine._caches = [
+    caches = [
         type(cache)(cache.keys.at[slot].set(jnp.nan), cache.values.at[slot].set(jnp.nan))
-        for cache in engine._caches
+        for cache in engine._states.caches
     ]
+    engine._states = engine._states._replace(caches=caches)
 
 
 def test_a_poisoned_slot_is_noticed_and_changes_no_other_row(engine_of):
     engine, prompt = engine_of("gemma2_tiny"), random_tokens(10)
     prefill(engine, 0, prompt)
-    rows = [DecodeRow(0, prompt[-1], 9, GREEDY, (), 5), DecodeRow(1, 20, 5, GREEDY, (), 5)]
-    clean, _ = engine.decode(rows)
+    rules = rules_of(prompt, 5, num_logprobs=5)
+    rows = [DecodeRow(0, 9, rules), DecodeRow(1, 9, rules)]
+    clean, _ = one_step(engine, *rows)
     poison(engine, 1)
-    neighbour, poisoned = engine.decode(rows)
+    neighbour, poisoned = one_step(engine, *rows)
     assert neighbour == clean
     assert not poisoned.is_finite
+    # Nothing follows it in a longer dispatch.
+    poison(engine, 1)
+    assert [len(tokens) for tokens in engine.decode(rows, 4).tokens()] == [4, 1]
 
 
 @PRESETS

@@ -6,14 +6,15 @@ Texts are numbers: the prompt "1 2 3" is [0, 1, 2, 3] with bos, and continues wi
 import math
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from model.slots import DecodeRow, EngineOptions, SampledToken
+from model.slots import DecodeRow, EngineOptions, PromptChunk
 from service.protocol.messages import (
     Accepted,
     Cancel,
@@ -28,11 +29,13 @@ from service.protocol.messages import (
 )
 from service.worker.admission import Admission, AdmittedRequest, Refusal
 from service.worker.loop import Arrival, Loop, LoopStatus
+from service.worker.pace import Pace
 from tests.fakes.arithmetic_engine import (
     EOS_ID,
     NOT_FINITE,
     RAISE,
     ArithmeticEngine,
+    Sums,
     next_token,
 )
 
@@ -42,30 +45,48 @@ NUM_SLOTS = 4
 class RecordingEngine(ArithmeticEngine):
     """Notes which slots every decode step had, and what else was written."""
 
-    def __init__(self) -> None:
-        super().__init__(EngineOptions("x", NUM_SLOTS, 64, Path("/nowhere")))
+    def __init__(self, prefix_cache_bytes: int) -> None:
+        super().__init__(EngineOptions("x", NUM_SLOTS, 64, Path("/nowhere"), prefix_cache_bytes))
         self.decoded_slots: list[list[int]] = []
         self.prefilled: list[tuple[int, tuple[int, ...]]] = []
         self.copied: list[tuple[int, list[int], int]] = []
 
-    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        self.prefilled.append((slot, tuple(token_ids)))
-        super().prefill(slot, token_ids, start)
+    def prefill(self, chunks: Sequence[PromptChunk]) -> Iterator[None]:
+        self.prefilled += [(chunk.slot, tuple(chunk.token_ids)) for chunk in chunks]
+        return super().prefill(chunks)
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         self.copied.append((source, list(targets), num_tokens))
         super().copy(source, targets, num_tokens)
 
-    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
+    def decode(self, rows: Sequence[DecodeRow], num_steps: int) -> Sums:
         self.decoded_slots.append([row.slot for row in rows])
-        return super().decode(rows)
+        return super().decode(rows, num_steps)
+
+
+class Steps(Pace):
+    """As many steps in a dispatch as it is told."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def num_steps(self, most: int) -> int:
+        return min(self.count, most)
 
 
 class Worker:
     """Admission and loop of a worker process, without its threads."""
 
-    def __init__(self, *, max_requests: int = 100, max_tokens: int = 10_000) -> None:
-        self.engine = RecordingEngine()
+    def __init__(
+        self,
+        *,
+        max_requests: int = 100,
+        max_tokens: int = 10_000,
+        num_steps: int = 1,
+        prefix_cache_bytes: int = 0,
+    ) -> None:
+        self.engine = RecordingEngine(prefix_cache_bytes)
         self.admission = Admission(
             self.engine.info, self.engine.codec, max_requests=max_requests, max_tokens=max_tokens
         )
@@ -73,7 +94,12 @@ class Worker:
         self.frames: list[list[Event]] = []
         self.status = LoopStatus()
         self.loop = Loop(
-            self.engine, self.admission, self.arrivals, self.frames.append, self.status
+            self.engine,
+            self.admission,
+            self.arrivals,
+            self.frames.append,
+            self.status,
+            Steps(num_steps),
         )
         self.open: dict[str, AdmittedRequest] = {}
 
@@ -215,6 +241,75 @@ def test_a_request_that_leaves_before_its_prompt_is_copied_gives_every_slot_back
     worker.run()
     assert worker.engine.copied == []
     assert sorted(worker.engine.decoded_slots[-1]) == [0, 1, 2, 3]
+
+
+def test_a_dispatch_of_several_steps_is_one_piece_and_is_read_while_the_next_one_runs():
+    worker = Worker(num_steps=3)
+    worker.submit(generate("a", (1,), max_tokens=8))
+    worker.turn()
+    assert worker.events("a") == []
+    worker.turn()
+    [piece] = worker.events("a")
+    assert piece.token_ids == (1, 2, 4)
+    assert len(worker.engine.decoded_slots) == 2
+    worker.run()
+    assert worker.tokens("a") == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert len(worker.engine.decoded_slots) == 3
+
+
+def test_while_somebody_waits_a_dispatch_is_one_step_and_is_read_at_once():
+    worker = Worker(num_steps=8)
+    worker.submit(generate("runs", (1,), n=NUM_SLOTS, max_tokens=3))
+    worker.submit(generate("waits", (1,), max_tokens=1))
+    worker.turn()
+    assert [worker.tokens("runs", k) for k in range(NUM_SLOTS)] == [[1]] * NUM_SLOTS
+    worker.run()
+    # Two more steps of all, then the one that waited.
+    assert [len(slots) for slots in worker.engine.decoded_slots] == [4, 4, 4, 1]
+
+
+def test_what_follows_a_stop_in_a_dispatch_is_neither_sent_nor_counted():
+    worker = Worker(num_steps=4)
+    # 333 three times is 999, eos.
+    worker.submit(generate("a", (333, 333, 333), max_tokens=50))
+    worker.run()
+    assert worker.tokens("a") == [EOS_ID]
+    assert worker.ends("a") == (OutputEnd("stop", EOS_ID, 1),)
+
+
+def test_a_prompt_that_another_one_began_with_is_not_prefilled_again():
+    worker = Worker(prefix_cache_bytes=1000)
+    worker.submit(generate("a", (1, 2, 3, 4, 5, 6, 7, 8, 9), max_tokens=1))
+    worker.run()
+    worker.engine.prefilled.clear()
+    worker.submit(generate("b", (1, 2, 3, 4, 5, 6, 7, 8, 10, 11), n=2, max_tokens=2))
+    worker.run()
+    assert [token_ids for _, token_ids in worker.engine.prefilled] == [(10,)]
+    assert worker.tokens("b") == [57, 114]
+    assert worker.events("b")[-1].num_cached_tokens == 8
+    # Another tenant, another adapter or another token before: not the same keys and values.
+    worker.engine.prefilled.clear()
+    for other in (
+        {"tenant": "other"},
+        {"adapter": "sha256:1"},
+        {"prompts": ((2, 2, 3, 4, 5, 6, 7, 8, 9),)},
+    ):
+        command = generate("c", (1, 2, 3, 4, 5, 6, 7, 8, 9), max_tokens=1)
+        worker.submit(msgspec.structs.replace(command, **other))
+        worker.run()
+        assert worker.events("c")[-1].num_cached_tokens == 0
+        worker.frames.clear()
+    assert len(worker.engine.prefilled) == 6
+
+
+def test_short_prompts_that_arrive_together_are_prefilled_together():
+    worker = Worker()
+    for name, prompt in (("a", (1, 2, 3)), ("b", (4, 5, 6)), ("c", (7, 8, 9))):
+        worker.submit(generate(name, prompt, max_tokens=1))
+    worker.turn()
+    assert worker.engine.prefilled == [(0, (1, 2)), (1, (4, 5))]
+    worker.run()
+    assert [worker.tokens(name) for name in "abc"] == [[6], [15], [24]]
 
 
 def test_output_k_draws_with_the_seed_plus_k_modulo_two_to_the_32():
@@ -410,14 +505,14 @@ def outputs_alone(plan: Plan) -> list[list[int]]:
     ]
 
 
-@given(plans=st.lists(PLANS, min_size=1, max_size=7))
+@given(plans=st.lists(PLANS, min_size=1, max_size=7), num_steps=st.integers(1, 8))
 @settings(max_examples=150, deadline=None)
-def test_in_any_company_a_request_gets_what_it_gets_alone_and_one_end(plans):
+def test_in_any_company_a_request_gets_what_it_gets_alone_and_one_end(plans, num_steps):
     alone = [outputs_alone(plan) for plan in plans]
     # Tokens that make the engine misbehave must not be drawn by chance.
     assume(not any(901 <= id_ <= 904 for outputs in alone for ids in outputs for id_ in ids))
 
-    worker = Worker()
+    worker = Worker(num_steps=num_steps)
     requests: dict[int, AdmittedRequest] = {}
     for turn in range(35):
         for number, plan in enumerate(plans):

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from model.samplers.penalties import PenaltyRows, adjust
-from model.slots import DecodeRow, Sampling
-from tests.test_engine import GREEDY, continue_alone, prefill, random_tokens
+from model.slots import Sampling
+from tests.test_engine import (
+    GREEDY,
+    continue_alone,
+    continue_together,
+    prefill,
+    random_tokens,
+)
 
 LOGITS = [2.0, -2.0, 1.0, 0.0, 4.0]
 VOCAB = len(LOGITS)
@@ -23,12 +29,11 @@ def adjusted(prompt=(), completion=(), biases=(), **penalties):
         bias_ids[place], values[place] = token_id, bias
     row = PenaltyRows(
         *(jnp.float32(factors[key]) for key in ("repetition", "presence", "frequency")),
-        jnp.asarray(history),
-        jnp.int32(len(prompt)),
         jnp.asarray(bias_ids),
         jnp.asarray(values),
     )
-    return np.asarray(jax.jit(adjust)(jnp.asarray(LOGITS), row)).tolist()
+    arguments = (jnp.asarray(LOGITS), row, jnp.asarray(history), jnp.int32(len(prompt)))
+    return np.asarray(jax.jit(adjust)(*arguments)).tolist()
 
 
 def test_off_is_off():
@@ -53,30 +58,13 @@ def test_a_bias_is_added_after_the_penalties():
     assert adjusted([4], biases=[(4, 1.0)], repetition=2.0) == [2.0, -2.0, 1.0, 0.0, 3.0]
 
 
-def with_history(sampling, slot, prompt, tokens):
-    return DecodeRow(
-        slot,
-        (prompt + tokens)[-1],
-        len(prompt) + len(tokens) - 1,
-        sampling,
-        num_logprobs=0,
-        prompt=prompt,
-        generated=tokens,
-    )
-
-
 def penalized(engine, sampling, prompt, num_tokens, *, slot=0, company=()):
-    """Tokens of one row, and its log-probabilities, beside rows of a greedy neighbour."""
-    prefill(engine, slot, prompt)
-    for other, (neighbour, _) in enumerate(company, start=1):
-        prefill(engine, other, neighbour)
-    tokens, logprobs = [], []
-    for _ in range(num_tokens):
-        rows = [DecodeRow(i, p[-1], len(p) - 1, s) for i, (p, s) in enumerate(company, start=1)]
-        *_, sampled = engine.decode([*rows, with_history(sampling, slot, prompt, tokens)])
-        tokens.append(sampled.token_id)
-        logprobs.append(sampled.logprob)
-    return tokens, logprobs
+    """Tokens of one row, and its log-probabilities, beside other rows."""
+    prompts = {slot: prompt, **{i: other for i, (other, _) in enumerate(company, start=1)}}
+    samplings = {slot: sampling, **{i: other for i, (_, other) in enumerate(company, start=1)}}
+    for i, other in prompts.items():
+        prefill(engine, i, other)
+    return continue_together(engine, prompts, num_tokens, samplings)[0]
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +112,8 @@ def test_neighbours_of_a_penalized_row_keep_their_bits(engine):
     prompt = random_tokens(30)
     alone = continue_alone(engine, prompt, 4, slot=1)
     sampling = Sampling(0.0, 0, 1.0, 0, repetition_penalty=2.0)
+    neighbour = random_tokens(12, seed=8)
     prefill(engine, 1, prompt)
-    prefill(engine, 2, random_tokens(12, seed=8))
-    tokens, logprobs = [], []
-    for _ in range(4):
-        row = DecodeRow(1, (prompt + tokens)[-1], 29 + len(tokens), GREEDY, num_logprobs=0)
-        sampled, _ = engine.decode([row, with_history(sampling, 2, random_tokens(12, seed=8), [])])
-        tokens.append(sampled.token_id)
-        logprobs.append(sampled.logprob)
-    assert (tokens, logprobs) == alone
+    prefill(engine, 2, neighbour)
+    together = continue_together(engine, {1: prompt, 2: neighbour}, 4, {1: GREEDY, 2: sampling})
+    assert together[0] == alone

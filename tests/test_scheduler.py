@@ -1,6 +1,20 @@
 """service.worker.scheduler by example; `test_scheduler_states` tries every order of calls."""
 
-from service.worker.scheduler import Action, Copy, Decode, Idle, Prefill, Row, RowKey, Scheduler
+from service.worker.scheduler import (
+    Action,
+    Chunk,
+    Copy,
+    Decode,
+    Idle,
+    LookUp,
+    Prefill,
+    PrefillLimits,
+    Row,
+    RowKey,
+    Scheduler,
+)
+
+LIMITS = PrefillLimits(chunk_tokens=4)
 
 
 def row(name: str, num_prefill_tokens: int = 0) -> Row:
@@ -10,6 +24,11 @@ def row(name: str, num_prefill_tokens: int = 0) -> Row:
 def outputs(name: str, num_prefill_tokens: int, num_outputs: int) -> list[Row]:
     """The outputs of one prompt."""
     return [Row(RowKey(name, k), num_prefill_tokens) for k in range(num_outputs)]
+
+
+def chunk(row: Row, start: int, end: int) -> Prefill:
+    """A chunk of one prompt, alone."""
+    return Prefill((Chunk(row, start, end),))
 
 
 def perform(scheduler: Scheduler) -> Action:
@@ -23,11 +42,11 @@ def perform(scheduler: Scheduler) -> Action:
 
 
 def test_an_empty_scheduler_is_idle():
-    assert Scheduler(num_slots=2, chunk_tokens=4).next_action() == Idle()
+    assert Scheduler(2, LIMITS).next_action() == Idle()
 
 
 def test_slots_go_to_the_rows_that_waited_longest_and_the_rest_wait_on():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     first, second, third = row("a"), row("b"), row("c")
     scheduler.submit([first, second, third])
     assert scheduler.start_waiting() == [first, second]
@@ -39,18 +58,19 @@ def test_slots_go_to_the_rows_that_waited_longest_and_the_rest_wait_on():
 
 
 def test_a_prompt_of_nine_tokens_is_prefilled_as_four_four_and_one():
-    scheduler = Scheduler(num_slots=1, chunk_tokens=4)
+    scheduler = Scheduler(1, LIMITS)
     scheduler.submit([row("a", 9)])
     scheduler.start_waiting()
     chunks = []
     while isinstance(action := scheduler.next_action(), Prefill):
-        chunks.append((action.start, action.end))
+        [only] = action.chunks
+        chunks.append((only.start, only.end))
         scheduler.record_prefill(action)
     assert chunks == [(0, 4), (4, 8), (8, 9)]
 
 
 def test_a_prompt_of_one_token_decodes_at_once():
-    scheduler = Scheduler(num_slots=1, chunk_tokens=4)
+    scheduler = Scheduler(1, LIMITS)
     lone = row("a", 0)
     scheduler.submit([lone])
     scheduler.start_waiting()
@@ -58,7 +78,7 @@ def test_a_prompt_of_one_token_decodes_at_once():
 
 
 def test_a_long_prompt_takes_turns_with_a_running_stream():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     scheduler.submit([row("stream", 0), row("long", 12)])
     scheduler.start_waiting()
     kinds = []
@@ -71,20 +91,21 @@ def test_a_long_prompt_takes_turns_with_a_running_stream():
 
 
 def test_prompts_are_prefilled_one_after_another_in_the_order_of_their_arrival():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     scheduler.submit([row("a", 8), row("b", 4)])
     scheduler.start_waiting()
     order = []
     while isinstance(action := scheduler.next_action(), Prefill):
-        order.append(action.row.key.request_id)
+        [only] = action.chunks
+        order.append(only.row.key.request_id)
         scheduler.record_prefill(action)
         if len(order) == 2:
-            scheduler.remove(action.row)
+            scheduler.remove(only.row)
     assert order == ["a", "a", "b"]
 
 
 def test_a_row_may_be_removed_twice_and_frees_its_slot_once():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     only = row("a")
     scheduler.submit([only])
     scheduler.start_waiting()
@@ -94,7 +115,7 @@ def test_a_row_may_be_removed_twice_and_frees_its_slot_once():
 
 
 def test_a_row_removed_while_it_waits_never_starts():
-    scheduler = Scheduler(num_slots=1, chunk_tokens=4)
+    scheduler = Scheduler(1, LIMITS)
     first, second = row("a"), row("b")
     scheduler.submit([first, second])
     scheduler.remove(first)
@@ -102,7 +123,7 @@ def test_a_row_removed_while_it_waits_never_starts():
 
 
 def test_the_outputs_of_one_request_are_rows_of_their_own():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     outputs = [Row(RowKey("a", 0), 0), Row(RowKey("a", 1), 0)]
     scheduler.submit(outputs)
     scheduler.start_waiting()
@@ -111,105 +132,192 @@ def test_the_outputs_of_one_request_are_rows_of_their_own():
 
 
 def test_outputs_of_one_prompt_prefill_it_once_and_start_together():
-    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    scheduler = Scheduler(3, LIMITS)
     first, second, third = outputs("a", 6, 3)
     scheduler.submit([first, second, third])
     scheduler.start_waiting()
     assert [perform(scheduler) for _ in range(4)] == [
-        Prefill(first, 0, 4),
-        Prefill(first, 4, 6),
+        chunk(first, 0, 4),
+        chunk(first, 4, 6),
         Copy(first, (second, third)),
         Decode((first, second, third)),
     ]
 
 
 def test_a_copy_takes_no_turn_of_a_running_stream():
-    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    scheduler = Scheduler(3, LIMITS)
     stream = row("stream")
     first, second = outputs("a", 8, 2)
     scheduler.submit([stream, first, second])
     scheduler.start_waiting()
     assert [perform(scheduler) for _ in range(5)] == [
-        Prefill(first, 0, 4),
+        chunk(first, 0, 4),
         Decode((stream,)),
-        Prefill(first, 4, 8),
+        chunk(first, 4, 8),
         Copy(first, (second,)),
         Decode((stream, first, second)),
     ]
 
 
 def test_an_output_that_gets_a_slot_once_the_first_one_decodes_prefills_for_itself():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     stream = row("stream")
     first, second = outputs("a", 4, 2)
     scheduler.submit([stream, first, second])
     scheduler.start_waiting()
-    assert [perform(scheduler) for _ in range(2)] == [Prefill(first, 0, 4), Decode((stream, first))]
+    assert [perform(scheduler) for _ in range(2)] == [chunk(first, 0, 4), Decode((stream, first))]
     scheduler.remove(stream)
     assert scheduler.start_waiting() == [second]
     assert [perform(scheduler) for _ in range(2)] == [
-        Prefill(second, 0, 4),
+        chunk(second, 0, 4),
         Decode((first, second)),
     ]
 
 
 def test_an_output_that_gets_a_slot_just_before_the_first_one_decodes_is_copied_to():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     stream = row("stream")
     first, second = outputs("a", 4, 2)
     scheduler.submit([stream, first, second])
     scheduler.start_waiting()
-    assert perform(scheduler) == Prefill(first, 0, 4)
+    assert perform(scheduler) == chunk(first, 0, 4)
     scheduler.remove(stream)
     scheduler.start_waiting()
     assert perform(scheduler) == Copy(first, (second,))
 
 
 def test_if_the_output_that_prefills_leaves_the_next_one_begins_anew():
-    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    scheduler = Scheduler(3, LIMITS)
     first, second, third = outputs("a", 8, 3)
     scheduler.submit([first, second, third])
     scheduler.start_waiting()
-    assert perform(scheduler) == Prefill(first, 0, 4)
+    assert perform(scheduler) == chunk(first, 0, 4)
     scheduler.remove(first)
     assert [perform(scheduler) for _ in range(3)] == [
-        Prefill(second, 0, 4),
-        Prefill(second, 4, 8),
+        chunk(second, 0, 4),
+        chunk(second, 4, 8),
         Copy(second, (third,)),
     ]
 
 
 def test_if_the_output_to_copy_from_leaves_the_next_one_begins_anew():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     first, second = outputs("a", 4, 2)
     scheduler.submit([first, second])
     scheduler.start_waiting()
-    assert perform(scheduler) == Prefill(first, 0, 4)
+    assert perform(scheduler) == chunk(first, 0, 4)
     scheduler.remove(first)
-    assert perform(scheduler) == Prefill(second, 0, 4)
+    assert perform(scheduler) == chunk(second, 0, 4)
 
 
 def test_equal_prompts_of_other_requests_and_of_other_places_are_not_copied():
-    scheduler = Scheduler(num_slots=3, chunk_tokens=4)
+    scheduler = Scheduler(3, LIMITS)
     one = Row(RowKey("a", 0), 4, prompt_index=0)
     other_place = Row(RowKey("a", 1), 4, prompt_index=1)
     other_request = Row(RowKey("b", 0), 4, prompt_index=0)
     scheduler.submit([one, other_place, other_request])
     scheduler.start_waiting()
     assert [perform(scheduler) for _ in range(6)] == [
-        Prefill(one, 0, 4),
+        chunk(one, 0, 4),
         Decode((one,)),
-        Prefill(other_place, 0, 4),
+        chunk(other_place, 0, 4),
         Decode((one, other_place)),
-        Prefill(other_request, 0, 4),
+        chunk(other_request, 0, 4),
         Decode((one, other_place, other_request)),
     ]
 
 
 def test_outputs_of_a_prompt_of_one_token_need_no_copy():
-    scheduler = Scheduler(num_slots=2, chunk_tokens=4)
+    scheduler = Scheduler(2, LIMITS)
     scheduler.submit(outputs("a", 0, 2))
     scheduler.start_waiting()
     action = scheduler.next_action()
     assert isinstance(action, Decode)
     assert len(action.rows) == 2
+
+
+def test_a_chunk_is_asked_for_until_it_is_recorded_with_a_step_after_each_part():
+    scheduler = Scheduler(2, LIMITS)
+    stream, long = row("stream"), row("long", 4)
+    scheduler.submit([stream, long])
+    scheduler.start_waiting()
+    parts = [scheduler.next_action() for _ in range(5)]
+    assert parts == [chunk(long, 0, 4), Decode((stream,))] * 2 + [chunk(long, 0, 4)]
+    assert parts[0] is parts[2], "told from a chunk that begins anew"
+    scheduler.record_prefill(parts[0])
+    assert scheduler.next_action() == Decode((stream, long))
+
+
+def test_short_prompts_share_a_chunk_and_longer_ones_wait_for_their_own():
+    scheduler = Scheduler(5, PrefillLimits(chunk_tokens=8, packed_tokens=6, packed_prompts=3))
+    one, long, two, three, four = (
+        row(name, n) for name, n in zip("abcde", (2, 20, 3, 2, 1), strict=True)
+    )
+    scheduler.submit([one, long, two, three, four])
+    scheduler.start_waiting()
+    # Two, three and one tokens fill the six; the two tokens of the fourth prompt do not fit.
+    assert perform(scheduler) == Prefill((Chunk(one, 0, 2), Chunk(two, 0, 3), Chunk(four, 0, 1)))
+    scheduler.remove(one)
+    scheduler.remove(two)
+    scheduler.remove(four)
+    assert perform(scheduler) == chunk(long, 0, 8)
+    assert perform(scheduler) == chunk(long, 8, 16)
+    assert perform(scheduler) == Prefill((Chunk(long, 16, 20), Chunk(three, 0, 2)))
+
+
+def test_no_more_prompts_share_a_chunk_than_may_and_outputs_of_one_prompt_do_not():
+    limits = PrefillLimits(chunk_tokens=8, packed_tokens=8, packed_prompts=2)
+    scheduler = Scheduler(4, limits)
+    first, second = outputs("a", 1, 2)
+    other, another = row("b", 1), row("c", 1)
+    scheduler.submit([first, second, other, another])
+    scheduler.start_waiting()
+    assert [perform(scheduler) for _ in range(4)] == [
+        Prefill((Chunk(first, 0, 1), Chunk(other, 0, 1))),
+        Copy(first, (second,)),
+        # Nothing runs beside it that would have to be waited for.
+        Decode((first, second, other)),
+        chunk(another, 0, 1),
+    ]
+
+
+def test_a_chunk_begins_anew_if_one_of_its_rows_leaves():
+    scheduler = Scheduler(2, PrefillLimits(chunk_tokens=4, packed_tokens=4, packed_prompts=2))
+    one, two = row("a", 2), row("b", 2)
+    scheduler.submit([one, two])
+    scheduler.start_waiting()
+    assert scheduler.next_action() == Prefill((Chunk(one, 0, 2), Chunk(two, 0, 2)))
+    scheduler.remove(one)
+    assert scheduler.next_action() == chunk(two, 0, 2)
+
+
+def test_a_prompt_with_a_whole_chunk_is_looked_up_once_when_it_is_its_turn():
+    scheduler = Scheduler(3, LIMITS, keeps_prefixes=True)
+    short, first, second = row("short", 3), row("a", 9), row("b", 8)
+    scheduler.submit([short, first, second])
+    scheduler.start_waiting()
+    assert perform(scheduler) == chunk(short, 0, 3)
+    assert scheduler.next_action() == Decode((short,))
+    scheduler.remove(short)
+    assert scheduler.next_action() == LookUp(first)
+    scheduler.record_look_up(first, 0)
+    assert [perform(scheduler) for _ in range(3)] == [
+        chunk(first, 0, 4),
+        chunk(first, 4, 8),
+        chunk(first, 8, 9),
+    ]
+    scheduler.remove(first)
+    assert scheduler.next_action() == LookUp(second)
+    scheduler.record_look_up(second, 2)
+    assert scheduler.next_action() == Decode((second,))
+
+
+def test_outputs_of_a_prompt_that_was_found_get_a_copy_of_it():
+    scheduler = Scheduler(2, LIMITS, keeps_prefixes=True)
+    first, second = outputs("a", 4, 2)
+    scheduler.submit([first, second])
+    scheduler.start_waiting()
+    assert scheduler.next_action() == LookUp(first)
+    scheduler.record_look_up(first, 1)
+    assert perform(scheduler) == Copy(first, (second,))
+    assert scheduler.next_action() == Decode((first, second))

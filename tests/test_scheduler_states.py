@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.worker.scheduler import Copy, Decode, Idle, Prefill, Row, RowKey, Scheduler
+from service.worker.scheduler import (
+    Copy,
+    Decode,
+    Idle,
+    LookUp,
+    Prefill,
+    PrefillLimits,
+    Row,
+    RowKey,
+    Scheduler,
+)
 
 MAX_PREFILL_TOKENS = 11
 
@@ -30,9 +40,21 @@ def prompt_of(row: Row) -> tuple[str, int]:
 class AnyOrder(RuleBasedStateMachine):
     """Submits, starts, acts and removes in any order; everything known is checked throughout."""
 
-    @initialize(num_slots=st.integers(1, 5), chunk_tokens=st.integers(1, 4))
-    def create(self, num_slots: int, chunk_tokens: int) -> None:
-        self.scheduler = Scheduler(num_slots, chunk_tokens)
+    @initialize(
+        num_slots=st.integers(1, 5),
+        chunk_tokens=st.integers(1, 4),
+        packed_tokens=st.integers(0, 4),
+        keeps_prefixes=st.booleans(),
+    )
+    def create(
+        self, num_slots: int, chunk_tokens: int, packed_tokens: int, keeps_prefixes: bool
+    ) -> None:
+        packed_tokens = min(packed_tokens, chunk_tokens)
+        self.limits = PrefillLimits(chunk_tokens, packed_tokens, packed_prompts=3)
+        self.keeps_prefixes = keeps_prefixes
+        self.scheduler = Scheduler(num_slots, self.limits, keeps_prefixes=keeps_prefixes)
+        self.looked_up: set[Row] = set()
+        self.begun: Prefill | None = None
         self.num_slots = num_slots
         self.chunk_tokens = chunk_tokens
         self.contents: list[Content | None] = [None] * num_slots
@@ -75,18 +97,34 @@ class AnyOrder(RuleBasedStateMachine):
         self.running += started
         del self.waiting[: len(started)]
 
-    @rule()
-    def act(self) -> None:
+    @rule(num_found=st.integers(0, 3), is_part=st.booleans())
+    def act(self, num_found: int = 0, is_part: bool = False) -> None:
         unfilled = [row for row in self.running if not self.holds_its_prompt(row)]
         filled = [row for row in self.running if self.holds_its_prompt(row)]
         action = self.scheduler.next_action()
         match action:
-            case Prefill():
-                assert action.row is unfilled[0], "the oldest prompt comes first"
+            case LookUp(row):
+                assert self.keeps_prefixes
+                assert row is unfilled[0], "the oldest prompt comes first"
+                assert row not in self.looked_up, "looked up twice"
+                self.looked_up.add(row)
+                num_found = min(num_found, row.num_prefill_tokens // self.chunk_tokens)
+                if num_found:
+                    self.fill(row, num_found * self.chunk_tokens)
+                self.scheduler.record_look_up(row, num_found)
+            case Prefill(chunks):
                 assert not (filled and self.last_turn is Prefill), "decoding rows starve"
-                self.check_chunk(action)
-                self.fill(action.row, action.end)
-                self.scheduler.record_prefill(action)
+                if self.begun is None:
+                    assert chunks[0].row is unfilled[0], "the oldest prompt comes first"
+                    self.check_chunks(action)
+                else:
+                    assert action is self.begun, "a chunk is lost that was begun"
+                self.begun = action
+                if not is_part:
+                    for chunk in chunks:
+                        self.fill(chunk.row, chunk.end)
+                    self.scheduler.record_prefill(action)
+                    self.begun = None
             case Copy(source, targets):
                 assert source in self.running
                 assert self.can_be_copied(source)
@@ -106,7 +144,7 @@ class AnyOrder(RuleBasedStateMachine):
                     self.decode(row)
             case Idle():
                 assert self.running == []
-        if not isinstance(action, Copy):
+        if not isinstance(action, Copy | LookUp):
             self.last_turn = type(action)
 
     @precondition(lambda self: self.rows)
@@ -150,8 +188,9 @@ class AnyOrder(RuleBasedStateMachine):
         """What is left decodes, one row after another, and gives every slot back."""
         if not self.rows:
             return
-        # A row needs at most 11 chunks, each followed by at most one step, a copy, and a last step.
-        for _ in range((2 * MAX_PREFILL_TOKENS + 2) * len(self.rows)):
+        # A row needs at most 11 chunks, each followed by at most one step, a look-up, a copy, and a
+        # last step.
+        for _ in range((2 * MAX_PREFILL_TOKENS + 3) * len(self.rows)):
             self.start()
             self.act()
             for row in [row for row in self.running if self.num_decoded[row]]:
@@ -163,14 +202,24 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.scheduler.num_free_slots == self.num_slots
         assert self.scheduler.next_action() == Idle()
 
-    def check_chunk(self, action: Prefill) -> None:
-        row = action.row
-        assert action.start % self.chunk_tokens == 0
-        assert action.end == min(action.start + self.chunk_tokens, row.num_prefill_tokens)
-        assert action.start < action.end
-        if action.start > 0:
-            assert self.content(row) == Content(prompt_of(row), action.start), "a gap or an overlap"
+    def check_chunks(self, action: Prefill) -> None:
+        for chunk in action.chunks:
+            row = chunk.row
+            assert chunk.start % self.chunk_tokens == 0
+            assert chunk.end == min(chunk.start + self.chunk_tokens, row.num_prefill_tokens)
+            assert chunk.start < chunk.end
+            if chunk.start > 0:
+                held = Content(prompt_of(row), chunk.start)
+                assert self.content(row) == held, "a gap or an overlap"
+            has_whole_chunk = row.num_prefill_tokens >= self.chunk_tokens
+            assert row in self.looked_up or not (self.keeps_prefixes and has_whole_chunk)
         assert self.sources() == [], "prefilled again although it could have been copied"
+        if len(action.chunks) > 1:
+            num_tokens = sum(chunk.end - chunk.start for chunk in action.chunks)
+            assert num_tokens <= self.limits.packed_tokens
+            assert len(action.chunks) <= self.limits.packed_prompts
+            prompts = {prompt_of(chunk.row) for chunk in action.chunks}
+            assert len(prompts) == len(action.chunks), "a prompt is prefilled twice"
 
     def fill(self, row: Row, num_tokens: int) -> None:
         assert row.slot is not None
@@ -186,6 +235,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def end(self, row: Row) -> None:
         self.scheduler.remove(row)
+        if self.begun and any(chunk.row is row for chunk in self.begun.chunks):
+            self.begun = None
         self.ended.add(row)
         self.waiting = [other for other in self.waiting if other is not row]
         self.running = [other for other in self.running if other is not row]

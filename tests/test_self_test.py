@@ -3,7 +3,7 @@
 import asyncio
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +25,8 @@ from service.worker_client import WorkerClient
 from tests import goldens
 from tests.service_process import REPOSITORY, command
 
-CHUNKS = (32, 64, 128, 256)
-PASSED = SelfTest((2, 4), CHUNKS, 112 + 32 + 9)
+CHUNKS = (64, 128, 256)
+PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9)
 
 
 class Tape:
@@ -40,33 +40,44 @@ class Tape:
             preset="x", preset_digest="x", family="x", is_instruct=None, num_parameters=0,
             dtype="x", backend="paper", device="tape", kernels=(), context_tokens=context_tokens,
             num_slots=num_slots, vocabulary_size=1000, num_layers=1, hidden_dim=1,
-            chunk_tokens=256,
+            chunk_tokens=256, packed_tokens=64, packed_prompts=8,
             buckets={"decode_rows": [*row_counts], "prefill_tokens": [*CHUNKS]},
         )  # fmt: skip
         self.sums = np.full((num_slots, context_tokens), np.nan, np.float32)
+        self.tokens = np.zeros((num_slots, context_tokens), np.int64)
         self.steps = []
         self.chunks = []
         self.disturb_step = self.disturb_chunk = self.disturb_answer = lambda count, place, x: x
 
-    def prefill(self, slot, token_ids, start):
-        assert start % 256 == 0
-        assert len(token_ids) <= 256
-        self.chunks.append((slot, start, len(token_ids)))
-        before = self.sums[slot, start - 1] if start else np.float32(0)
-        for place, token_id in enumerate(token_ids):
-            before = before + np.float32(token_id)
-            self.sums[slot, start + place] = self.disturb_chunk(len(token_ids), place, before)
+    def begin(self, slot, token_ids):
+        self.tokens[slot, : len(token_ids)] = token_ids
 
-    def decode(self, rows):
+    def prefill(self, chunks):
+        num_tokens, place = sum(len(chunk.token_ids) for chunk in chunks), 0
+        assert num_tokens <= (256 if len(chunks) == 1 else 64)
+        self.chunks.append([(chunk.slot, chunk.start, len(chunk.token_ids)) for chunk in chunks])
+        for slot, token_ids, start in map(astuple, chunks):
+            assert start % 256 == 0
+            before = self.sums[slot, start - 1] if start else np.float32(0)
+            for offset, token_id in enumerate(token_ids):
+                before = before + np.float32(token_id)
+                self.sums[slot, start + offset] = self.disturb_chunk(num_tokens, place, before)
+                place += 1
+            yield
+
+    def decode(self, rows, num_steps):
+        assert num_steps == 1
         self.steps.append([row.slot for row in rows])
-        return [self._decode_row(len(rows), place, row) for place, row in enumerate(rows)]
+        drawn = [[self._decode_row(len(rows), place, row)] for place, row in enumerate(rows)]
+        return Done(drawn)
 
     def _decode_row(self, count, place, row):
         before = self.sums[row.slot, row.position - 1] if row.position else np.float32(0)
-        held = self.disturb_step(count, place, before + np.float32(row.token_id))
+        token_id = int(self.tokens[row.slot, row.position])
+        held = self.disturb_step(count, place, before + np.float32(token_id))
         self.sums[row.slot, row.position] = held
         logprob = self.disturb_answer(count, place, -held)
-        return SampledToken(row.token_id, float(logprob), ((7, float(logprob)), (8, -1.0)))
+        return SampledToken(token_id, float(logprob), ((7, float(logprob)), (8, -1.0)))
 
     def copy(self, source, targets, num_tokens):
         for target in targets:
@@ -74,6 +85,19 @@ class Tape:
 
     def keys_and_values(self, slot, position):
         return self.sums[slot, position].reshape(1, 1, 1)
+
+
+class Done:
+    """A dispatch whose tokens are known already."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+
+    def wait(self):
+        pass
+
+    def tokens(self):
+        return self.drawn
 
 
 def up(value):
@@ -91,17 +115,18 @@ def only_where(condition):
 @pytest.mark.parametrize(
     ("num_slots", "row_counts", "context_tokens", "num_comparisons"),
     [
-        # Of 17, 49, 97 and 193 tokens every one, second, fourth and seventh; 17 of a second block.
-        (1, (2,), 1024, 17 + 25 + 25 + 28 + 17),
-        # A copy of 288 tokens, every ninth; steps of two, three ... eight rows.
-        (2, (2,), 1024, 112 + 32 + 2),
-        (3, (2, 4), 1024, 112 + 32 + 2 + 3),
-        (8, (2, 4, 8), 1024, 112 + 32 + 35),
-        (64, (2, 4, 8), 1024, 112 + 32 + 35),
-        (8, (2, 4, 8), 256, 95 + 32 + 35),
+        # Of 33, 97 and 193 tokens every second, fourth and seventh; 17 of a second block.
+        (1, (2,), 1024, 17 + 25 + 28 + 17),
+        # Two prompts in one chunk, 21 tokens and 22 of 43; a copy of 320 tokens, every tenth; steps
+        # of two, three ... eight rows.
+        (2, (2,), 1024, 87 + 43 + 32 + 2),
+        (3, (2, 4), 1024, 130 + 32 + 2 + 3),
+        (8, (2, 4, 8), 1024, 130 + 32 + 35),
+        (64, (2, 4, 8), 1024, 130 + 32 + 35),
+        (8, (2, 4, 8), 256, 113 + 32 + 35),
         # Room for 20 tokens behind the first block, then for 16 in all.
-        (8, (2, 4, 8), 276, 95 + 11 + 31 + 35),
-        (8, (2, 4, 8), 16, 9 + 16 + 35),
+        (8, (2, 4, 8), 276, 113 + 11 + 31 + 35),
+        (8, (2, 4, 8), 16, 9 + 16 + 16 + 16 + 35),
     ],
 )
 def test_an_engine_that_adds_in_one_order_passes(
@@ -125,8 +150,9 @@ def test_every_chunk_program_runs_and_slot_0_holds_the_longest_prompt():
     tape = Tape(num_slots=3)
     compare_bits(tape)
     assert tape.chunks == [
-        (1, 0, 17), (0, 0, 32), (2, 0, 49), (1, 0, 64), (0, 0, 97), (2, 0, 128),
-        (1, 0, 193), (0, 0, 256), (0, 256, 17), (0, 256, 32),
+        [(1, 0, 64)], [(2, 0, 33)], [(2, 0, 21), (1, 0, 43)],
+        [(2, 0, 128)], [(0, 0, 97)], [(0, 0, 256)], [(1, 0, 193)],
+        [(0, 256, 33)], [(0, 256, 64)],
     ]  # fmt: skip
 
 
@@ -162,7 +188,24 @@ def test_a_minus_before_a_zero_is_a_difference():
         compare_bits(tape)
 
 
-@pytest.mark.parametrize(("padded", "full"), [(17, 32), (49, 64), (97, 128), (193, 256)])
+def test_one_unit_in_the_last_place_of_a_prompt_behind_another_one_fails():
+    tape = Tape()
+    # 21 tokens of one prompt, then those of the other.
+    tape.disturb_chunk = only_where(lambda tokens, place: (tokens, place) == (64, 21 + 2))
+    prefill = tape.prefill
+
+    def only_two(chunks):
+        disturb, plain = tape.disturb_chunk, lambda count, place, x: x
+        tape.disturb_chunk = disturb if len(chunks) == 2 else plain
+        yield from prefill(chunks)
+        tape.disturb_chunk = disturb
+
+    tape.prefill = only_two
+    with pytest.raises(SelfTestFailed, match=r"Position 2 .* among 21 and 43 tokens than among 64"):
+        compare_bits(tape)
+
+
+@pytest.mark.parametrize(("padded", "full"), [(33, 64), (97, 128), (193, 256)])
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_unit_in_the_last_place_of_one_position_of_a_chunk_fails(padded, full, which):
     tape = Tape()
@@ -179,10 +222,10 @@ def test_a_copy_that_misses_a_position_is_found():
 
     def copy_all_but_one(source, targets, num_tokens):
         copy(source, targets, num_tokens)
-        tape.sums[1, 252] = 0
+        tape.sums[1, 250] = 0
 
     tape.copy = copy_all_but_one
-    with pytest.raises(SelfTestFailed, match=r"Position 252 .* in a copy on"):
+    with pytest.raises(SelfTestFailed, match=r"Position 250 .* in a copy on"):
         compare_bits(tape)
 
 
@@ -190,13 +233,14 @@ def test_a_difference_behind_the_first_block_is_found():
     tape = Tape()
     prefill = tape.prefill
 
-    def prefill_unevenly(slot, token_ids, start):
-        prefill(slot, token_ids, start)
-        if start and len(token_ids) == 32:
-            tape.sums[slot, start + 3] = up(tape.sums[slot, start + 3])
+    def prefill_unevenly(chunks):
+        yield from prefill(chunks)
+        slot, token_ids, start = astuple(chunks[0])
+        if start and len(token_ids) == 64:
+            tape.sums[slot, start + 4] = up(tape.sums[slot, start + 4])
 
     tape.prefill = prefill_unevenly
-    with pytest.raises(SelfTestFailed, match="Position 259 "):
+    with pytest.raises(SelfTestFailed, match="Position 260 "):
         compare_bits(tape)
 
 
@@ -214,10 +258,10 @@ def test_one_unit_in_one_row_of_a_compiled_step_is_found(engine_of, monkeypatch)
     program = engine._programs["decode[4]"]
 
     def uneven(*arguments):
-        caches, outputs = program(*arguments)
+        states, outputs = program(*arguments)
         logprobs = np.array(outputs.logprobs)
-        logprobs[2] = up(logprobs[2])
-        return caches, outputs._replace(logprobs=logprobs)
+        logprobs[0, 2] = up(logprobs[0, 2])
+        return states, outputs._replace(logprobs=logprobs)
 
     monkeypatch.setitem(engine._programs, "decode[4]", uneven)
     with pytest.raises(SelfTestFailed, match=r"among 3 \(at place 2, .*--slots 2"):
@@ -226,18 +270,18 @@ def test_one_unit_in_one_row_of_a_compiled_step_is_found(engine_of, monkeypatch)
 
 def test_one_unit_in_one_key_of_a_compiled_chunk_is_found(engine_of, monkeypatch):
     engine = engine_of("gemma3_tiny")
-    [name] = [name for name in engine._programs if name.startswith("block[64,1024")]
+    [name] = [name for name in engine._programs if name.startswith("block[128,1024")]
     program = engine._programs[name]
 
     def uneven(*arguments):
         x, cache = program(*arguments)
         keys = np.array(cache.keys)
-        # The padded chunk goes into slot 1 and the full one into slot 0: only one is disturbed.
-        keys[1, 0, 8, 0] = up(keys[1, 0, 8, 0])
+        # The padded chunk goes into slot 3 and the full one into slot 2: only one is disturbed.
+        keys[3, 0, 8, 0] = up(keys[3, 0, 8, 0])
         return x, cache._replace(keys=jnp.asarray(keys))
 
     monkeypatch.setitem(engine._programs, name, uneven)
-    with pytest.raises(SelfTestFailed, match=r"Position 8 .* among 49 tokens than among 64 on"):
+    with pytest.raises(SelfTestFailed, match=r"Position 8 .* among 97 tokens than among 128 on"):
         compare_bits(engine)
 
 
@@ -273,8 +317,8 @@ def test_a_claim_is_about_programs_weights_and_threads(monkeypatch):
         lambda text: "[" * 4000,
         lambda text: "[]",
         lambda text: text.replace('"claim": "', '"claim": "0'),
-        lambda text: text.replace("153", "-1"),
-        lambda text: text.replace("153", "true"),
+        lambda text: text.replace("171", "-1"),
+        lambda text: text.replace("171", "true"),
         lambda text: text.replace("[2, 4]", '"2"'),
         lambda text: text.replace("chunk_tokens", "chunks"),
     ],
@@ -321,7 +365,7 @@ def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
     view.info = server_info(engine.info)
     shown = asyncio.run(ops.info(state)).model_dump()["self_test"]
     assert shown == {
-        "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS], "comparisons": 153,
+        "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS], "comparisons": 171,
     }  # fmt: skip
     view.info = server_info(replace(engine.info, self_test=None))
     assert asyncio.run(ops.info(state)).self_test is None

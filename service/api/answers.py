@@ -48,9 +48,9 @@ class OutputCollector:
             logprobs=logprobs or None,
         )
 
-    def usage(self, num_prompt_tokens: Sequence[int]) -> Usage:
+    def usage(self, num_prompt_tokens: Sequence[int], finished: Finished) -> Usage:
         num_tokens = sum(len(piece.token_ids) for pieces in self._pieces for piece in pieces)
-        return _usage(num_prompt_tokens, num_tokens)
+        return _usage(num_prompt_tokens, finished, num_tokens)
 
     def timings(self, finished: Finished) -> Timings:
         return _timings(finished)
@@ -89,7 +89,7 @@ def done_event(
     num_tokens = sum(end.num_tokens for end in finished.outputs)
     return {
         "outputs": outputs,
-        "usage": _usage(num_prompt_tokens, num_tokens).model_dump(),
+        "usage": _usage(num_prompt_tokens, finished, num_tokens).model_dump(),
         "timings": _timings(finished).model_dump(),
     }
 
@@ -98,10 +98,12 @@ def _place(output: int, num_choices: int) -> dict[str, int]:
     return {"prompt_index": output // num_choices, "index": output % num_choices}
 
 
-def _usage(num_prompt_tokens: Sequence[int], num_completion_tokens: int) -> Usage:
+def _usage(
+    num_prompt_tokens: Sequence[int], finished: Finished, num_completion_tokens: int
+) -> Usage:
     return Usage(
         prompt_tokens=sum(num_prompt_tokens),
-        cached_tokens=0,
+        cached_tokens=finished.num_cached_tokens,
         completion_tokens=num_completion_tokens,
     )
 

@@ -151,7 +151,9 @@ class Answer:
         finished = self.generation.finished
         if finished is not None:
             reasons = [output.finish_reason for output in finished.outputs]
-            self.meter.finished(list(reasons), finished.timings.queue_seconds)
+            self.meter.finished(
+                list(reasons), finished.timings.queue_seconds, finished.num_cached_tokens
+            )
         elif self.generation.is_running:
             self.meter.abandoned()
         self.generation.close()
@@ -183,7 +185,7 @@ async def _collect(answer: Answer) -> Response:
         model=answer.model,
         created=datetime.now(UTC),
         outputs=collector.outputs(answer.finished),
-        usage=collector.usage(answer.num_prompt_tokens),
+        usage=collector.usage(answer.num_prompt_tokens, answer.finished),
         timings=collector.timings(answer.finished),
     )
     return Response(

@@ -71,6 +71,7 @@ class Load(Message, frozen=True):
         context_tokens: Prompt and completion together.
         max_queued_requests: Requests that may wait for a slot.
         max_queued_tokens: Prompt tokens that may wait for a slot.
+        prefix_cache_bytes: For blocks of prompts that later prompts may begin with; 0 keeps none.
     """
 
     engine: str
@@ -80,6 +81,7 @@ class Load(Message, frozen=True):
     context_tokens: int
     max_queued_requests: int
     max_queued_tokens: int
+    prefix_cache_bytes: int = 0
 
 
 class Generate(Message, frozen=True):
@@ -235,11 +237,15 @@ class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Finished(Message, frozen=True):
-    """The last event of a request that ended normally; one entry per output, in order."""
+    """The last event of a request that ended normally; one entry per output, in order.
+
+    ``num_cached_tokens`` of its prompts were not prefilled, as an earlier prompt had left them.
+    """
 
     request_id: str
     outputs: tuple[OutputEnd, ...]
     timings: Timings
+    num_cached_tokens: int = 0
 
 
 class Failed(Message, frozen=True):

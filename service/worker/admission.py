@@ -6,13 +6,14 @@ the step that runs meanwhile.
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from model.slots import EngineInfo, TextCodec
 from service.protocol.messages import Accepted, Failed, Generate, StopRules
 from service.worker.completion import Completion
+from service.worker.prefix_keys import PrefixKeys
 from service.worker.scheduler import Row, RowKey
 from service.worker.translate import sampling_of_output
 
@@ -28,6 +29,7 @@ class AdmittedRequest:
         admitted_at: Monotonic seconds.
         started_at: When its first output got a slot.
         first_token_at: When its first token was drawn.
+        num_cached_tokens: Of each prompt that an earlier one left something for.
     """
 
     request_id: str
@@ -36,6 +38,12 @@ class AdmittedRequest:
     admitted_at: float
     started_at: float | None = None
     first_token_at: float | None = None
+    num_cached_tokens: dict[int, int] = field(default_factory=dict)
+
+    def note_cached(self, row: Row) -> None:
+        """So far ``row`` holds only what an earlier prompt left."""
+        before = self.num_cached_tokens.get(row.prompt_index, 0)
+        self.num_cached_tokens[row.prompt_index] = max(before, row.num_prefilled)
 
 
 class Refusal(Exception):
@@ -59,6 +67,7 @@ class Admission:
     def __init__(
         self, info: EngineInfo, codec: TextCodec, *, max_requests: int, max_tokens: int
     ) -> None:
+        self._prefix_keys = PrefixKeys(info.preset_digest, info.chunk_tokens)
         self._info = info
         self._codec = codec
         self._max_requests = max_requests
@@ -92,8 +101,9 @@ class Admission:
         stops = [
             self._stop_rules(command, index, len(prompt)) for index, prompt in enumerate(prompts)
         ]
+        keys = [self._keys(command, prompt) for prompt in prompts]
         completions = [
-            self._completion(command, output, prompts, stops)
+            self._completion(command, output, prompts, stops, keys)
             for output in range(len(prompts) * command.num_choices)
         ]
         self._reserve(command, completions)
@@ -185,6 +195,7 @@ class Admission:
         output: int,
         prompts: list[tuple[int, ...]],
         stops: list[StopRules],
+        keys: list[tuple[bytes, ...]],
     ) -> Completion:
         prompt_index = output // command.num_choices
         prompt = prompts[prompt_index]
@@ -197,7 +208,14 @@ class Admission:
             num_logprobs=command.num_logprobs,
             codec=self._codec,
             echo=command.echo,
+            prefix_keys=keys[prompt_index],
         )
+
+    def _keys(self, command: Generate, prompt: tuple[int, ...]) -> tuple[bytes, ...]:
+        """Of the whole blocks of a prompt, if the engine keeps any."""
+        if not self._info.keeps_prefixes:
+            return ()
+        return self._prefix_keys.of(command.tenant, command.adapter, prompt)
 
     def _reserve(self, command: Generate, completions: list[Completion]) -> None:
         tokens = {completion.row.key.output: len(completion.prompt) for completion in completions}

@@ -1,17 +1,24 @@
 """One output on its way: which token comes next, when it ends, and what may be sent of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.detokenizer import StreamingDetokenizer
-from model.slots import DecodeRow, SampledToken, Sampling, TextCodec
-from service.protocol.messages import FinishReason, OutputEnd, Piece, StopRules
+from model.slots import DecodeRow, RowRules, SampledToken, Sampling, TextCodec
+from service.protocol.messages import (
+    FinishReason,
+    OutputEnd,
+    Piece,
+    StopRules,
+    TokenLogprobs,
+)
 from service.worker.scheduler import Row
 from service.worker.translate import token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one token did: something to send, and how the output ended if it did."""
+    """What new tokens did: something to send, and how the output ended if it did."""
 
     piece: Piece
     end: OutputEnd | None
@@ -28,6 +35,7 @@ class Completion:
         num_logprobs: None, or alternatives per token.
         codec: Of the engine.
         echo: Whether the text begins with the prompt.
+        prefix_keys: Of the whole blocks of the prompt before its last token.
     """
 
     def __init__(
@@ -40,61 +48,77 @@ class Completion:
         codec: TextCodec,
         *,
         echo: bool = False,
+        prefix_keys: tuple[bytes, ...] = (),
     ) -> None:
         self.row = row
         self.prompt = prompt
         self.end: OutputEnd | None = None
         self.num_tokens = 0
-        self._newest = prompt[-1]
-        # Kept only where what was generated changes what comes next.
-        self._generated: list[int] = []
-        self._sampling = sampling
+        self.prefix_keys = prefix_keys
+        # Of the steps that were started; some may not be read yet.
+        self._num_steps = 0
         self._stop = stop
-        self._num_logprobs = num_logprobs
         self._codec = codec
         eos_ids = () if stop.ignore_eos else codec.stop_ids
         self._stop_ids = frozenset((*eos_ids, *stop.token_ids))
+        self._rules = RowRules(
+            sampling=sampling,
+            num_prompt=len(prompt),
+            end=len(prompt) + stop.max_tokens,
+            stop_ids=tuple(sorted(self._stop_ids)),
+            may_stop_at=len(prompt) + stop.min_tokens,
+            num_logprobs=num_logprobs,
+        )
         self._detokenizer = StreamingDetokenizer(codec.piece_bytes, stop.strings)
         # A stop string in the prompt stops nothing, and is text.
         echoed = prompt if echo else ()
         self._unsent = "".join(self._detokenizer.add(id_, may_stop=False) for id_ in echoed)
 
-    def decode_row(self) -> DecodeRow:
-        """This output's row of the next decode step."""
-        assert self.row.slot is not None, "only a row with a slot decodes"
-        may_stop = self.num_tokens >= self._stop.min_tokens
-        has_penalties = self._sampling.has_penalties
-        return DecodeRow(
-            slot=self.row.slot,
-            token_id=self._newest,
-            position=len(self.prompt) - 1 + self.num_tokens,
-            sampling=self._sampling,
-            banned_ids=() if may_stop else tuple(sorted(self._stop_ids)),
-            num_logprobs=self._num_logprobs,
-            prompt=self.prompt if has_penalties else (),
-            generated=self._generated if has_penalties else (),
-        )
+    @property
+    def num_steps_left(self) -> int:
+        """Steps that may still be started for it."""
+        return self._stop.max_tokens - self._num_steps
 
-    def take(self, token: SampledToken) -> Step:
-        """Adds one sampled token."""
+    @property
+    def may_be_stopping(self) -> bool:
+        """Whether text is held back that the next token may complete to a stop string."""
+        return self._detokenizer.holds_part_of_stop
+
+    def decode_row(self, num_steps: int) -> DecodeRow:
+        """This output's row of a dispatch of so many steps, which is then counted as started."""
+        assert self.row.slot is not None, "only a row with a slot decodes"
+        position = len(self.prompt) - 1 + self._num_steps
+        self._num_steps = min(self._num_steps + num_steps, self._stop.max_tokens)
+        return DecodeRow(self.row.slot, position, self._rules)
+
+    def take(self, tokens: Sequence[SampledToken]) -> Step:
+        """Adds sampled tokens, up to the one that ends the output; those behind it never were."""
         assert self.end is None, "a token after the end"
-        self._newest = token.token_id
-        self.num_tokens += 1
-        if self._sampling.has_penalties:
-            self._generated.append(token.token_id)
-        # A token that stops is counted and has its id sent, but adds no text.
         text = self._take_unsent()
-        if token.token_id not in self._stop_ids:
-            text += self._add_text(token.token_id)
-        text += self._end_if_due(token.token_id)
+        taken: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for token in tokens:
+            taken.append(token.token_id)
+            if token.logprob is not None:
+                logprobs.append(token_logprobs(token, self._codec))
+            text += self._add(token.token_id)
+            if self.end is not None:
+                break
         piece = Piece(
             request_id=self.row.key.request_id,
             output=self.row.key.output,
-            token_ids=(token.token_id,),
+            token_ids=tuple(taken),
             text=text,
-            logprobs=(token_logprobs(token, self._codec),) if token.logprob is not None else (),
+            logprobs=tuple(logprobs),
         )
         return Step(piece, self.end)
+
+    def _add(self, token_id: int) -> str:
+        """The text that one more token makes safe to send."""
+        self.num_tokens += 1
+        # A token that stops is counted and has its id sent, but adds no text.
+        text = "" if token_id in self._stop_ids else self._add_text(token_id)
+        return text + self._end_if_due(token_id)
 
     def cut(self, reason: FinishReason) -> Piece:
         """Ends the output from outside; the piece holds text that was held back."""

@@ -5,15 +5,20 @@ One turn:
 1. take in what the reader admitted and who cancelled (wait only when there is nothing to do);
 2. end what is cancelled or past its deadline;
 3. give free slots to waiting rows;
-4. do one action of the scheduler: a prefill chunk, a copy, or a decode step of all rows;
+4. do one action of the scheduler: part of a prefill chunk, a copy, or a dispatch of decode steps;
 5. send everything that the turn made in one frame.
+
+While nothing waits, a dispatch is read after the next one has been started, so that the device does
+not wait for detokenising and sending. What it computes for a row that has just ended is thrown
+away.
 """
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from model.slots import Engine
+from model.slots import Dispatch, Engine, PromptChunk, SampledToken
 from service.protocol.messages import (
     Cancel,
     Event,
@@ -25,11 +30,30 @@ from service.protocol.messages import (
 )
 from service.worker.admission import Admission, AdmittedRequest
 from service.worker.completion import Completion
-from service.worker.scheduler import Copy, Decode, Idle, Prefill, RowKey, Scheduler
+from service.worker.pace import Pace
+from service.worker.paused_prefill import PausedPrefill
+from service.worker.scheduler import (
+    Action,
+    Copy,
+    Decode,
+    Idle,
+    LookUp,
+    Prefill,
+    PrefillLimits,
+    RowKey,
+    Scheduler,
+)
 
 Arrival = AdmittedRequest | Cancel
 # Bounds how late a deadline is noticed while nothing else happens.
 _IDLE_WAIT_SECONDS = 0.2
+
+
+class _Unread(NamedTuple):
+    """A dispatch that was started, and whose rows are in it."""
+
+    dispatch: Dispatch
+    completions: Sequence[Completion]
 
 
 class LoopStatus:
@@ -60,6 +84,7 @@ class Loop:
         arrivals: Filled by the reader.
         send: Takes the events of one turn.
         status: Read by the heartbeat.
+        pace: How long a turn may take.
     """
 
     def __init__(
@@ -69,13 +94,19 @@ class Loop:
         arrivals: "queue.SimpleQueue[Arrival]",
         send: Callable[[list[Event]], None],
         status: LoopStatus,
+        pace: Pace | None = None,
     ) -> None:
         self._engine = engine
         self._admission = admission
         self._arrivals = arrivals
         self._send = send
         self._status = status
-        self._scheduler = Scheduler(engine.info.num_slots, engine.info.chunk_tokens)
+        info = engine.info
+        limits = PrefillLimits(info.chunk_tokens, info.packed_tokens, info.packed_prompts)
+        self._scheduler = Scheduler(info.num_slots, limits, keeps_prefixes=info.keeps_prefixes)
+        self._pace = pace or Pace()
+        self._prefill = PausedPrefill(engine)
+        self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
         self._completions: dict[RowKey, Completion] = {}
         self._events: list[Event] = []
@@ -90,25 +121,31 @@ class Loop:
         self._take_arrivals()
         self._end_expired(time.monotonic())
         for row in self._scheduler.start_waiting():
-            self._note_start(row.key)
+            self._start(self._completions[row.key])
         action = self._scheduler.next_action()
         # Not by what admission counts: it also counts what has not been taken in yet.
         self._status.num_running = sum(
             request.started_at is not None for request in self._requests.values()
         )
+        if not isinstance(action, Idle):
+            self._status.enter("step")
+        if not isinstance(action, Decode):
+            self._read()
+        self._do(action)
+        self._flush()
+
+    def _do(self, action: Action) -> None:
         match action:
+            case LookUp():
+                self._look_up(action)
             case Prefill():
-                self._status.enter("step")
-                self._prefill(action)
+                self._go_on_prefilling(action)
             case Copy():
-                self._status.enter("step")
                 self._copy(action)
             case Decode():
-                self._status.enter("step")
                 self._decode(action)
             case Idle():
                 pass
-        self._flush()
 
     def _take_arrivals(self) -> None:
         """Everything that has arrived; waits a moment if there is nothing else to do."""
@@ -123,6 +160,7 @@ class Loop:
 
     def _take(self, arrival: Arrival) -> None:
         if isinstance(arrival, Cancel):
+            self._read()
             if request := self._requests.get(arrival.request_id):
                 self._cut(request, "cancelled")
             return
@@ -132,6 +170,10 @@ class Loop:
         self._scheduler.submit(completion.row for completion in arrival.completions)
 
     def _end_expired(self, now: float) -> None:
+        if not any(request.deadline <= now for request in self._requests.values()):
+            return
+        # What was drawn in time counts.
+        self._read()
         for request in [each for each in self._requests.values() if each.deadline <= now]:
             if request.first_token_at is None:
                 detail = "The time of the request passed before anything was generated."
@@ -139,18 +181,42 @@ class Loop:
             else:
                 self._cut(request, "timeout")
 
-    def _note_start(self, key: RowKey) -> None:
+    def _start(self, completion: Completion) -> None:
+        """An output got its slot."""
+        key, slot = completion.row.key, completion.row.slot
+        assert slot is not None
         self._admission.started(key)
         request = self._requests[key.request_id]
         if request.started_at is None:
             request.started_at = time.monotonic()
+        self._engine.begin(slot, completion.prompt)
 
-    def _prefill(self, action: Prefill) -> None:
-        completion = self._completions[action.row.key]
-        assert action.row.slot is not None
-        chunk = completion.prompt[action.start : action.end]
-        self._engine.prefill(action.row.slot, chunk, action.start)
+    def _look_up(self, action: LookUp) -> None:
+        row, completion = action.row, self._completions[action.row.key]
+        assert row.slot is not None
+        num_blocks = self._engine.restore(row.slot, completion.prefix_keys)
+        self._scheduler.record_look_up(row, num_blocks)
+        self._requests[row.key.request_id].note_cached(row)
+
+    def _go_on_prefilling(self, action: Prefill) -> None:
+        """Part of a chunk. A dispatch of the others follows, so it is as long as they can bear."""
+        chunks = []
+        for chunk in action.chunks:
+            assert chunk.row.slot is not None
+            prompt = self._completions[chunk.row.key].prompt
+            chunks.append(PromptChunk(chunk.row.slot, prompt[chunk.start : chunk.end], chunk.start))
+        is_accompanied = self._scheduler.num_decoding > 0
+        until = time.monotonic() + self._pace.prefill_seconds(is_accompanied=is_accompanied)
+        if not self._prefill.run(action, chunks, until):
+            return
         self._scheduler.record_prefill(action)
+        for chunk in action.chunks:
+            completion = self._completions[chunk.row.key]
+            num_blocks = chunk.end // self._engine.info.chunk_tokens
+            is_whole = chunk.end - chunk.start == self._engine.info.chunk_tokens
+            if is_whole and num_blocks <= len(completion.prefix_keys):
+                assert chunk.row.slot is not None
+                self._engine.keep(chunk.row.slot, completion.prefix_keys[:num_blocks])
 
     def _copy(self, action: Copy) -> None:
         slots = []
@@ -162,25 +228,59 @@ class Loop:
         self._scheduler.record_copy(action)
 
     def _decode(self, action: Decode) -> None:
+        """Starts a dispatch, reads the one before, and waits until the new one is done."""
         completions = [self._completions[row.key] for row in action.rows]
-        tokens = self._engine.decode([completion.decode_row() for completion in completions])
+        completions = [each for each in completions if each.num_steps_left > 0]
+        if not completions:
+            self._read()
+            return
+        is_pressed = self._scheduler.is_pressed
+        if is_pressed or any(completion.may_be_stopping for completion in completions):
+            num_steps = 1
+        else:
+            num_steps = self._pace.num_steps(max(each.num_steps_left for each in completions))
+        began = time.monotonic()
+        rows = [completion.decode_row(num_steps) for completion in completions]
+        dispatch = self._engine.decode(rows, num_steps)
+        self._read()
+        dispatch.wait()
+        self._pace.note_steps(num_steps, time.monotonic() - began)
+        self._unread = _Unread(dispatch, completions)
+        is_last = all(completion.num_steps_left == 0 for completion in completions)
+        if is_pressed or is_last:
+            # Somebody waits for a slot that may be free now, or nothing would hide the reading.
+            self._read()
+
+    def _read(self) -> None:
+        """Takes in what the last dispatch drew, if that has not been done."""
+        if self._unread is None:
+            return
+        (dispatch, completions), self._unread = self._unread, None
         now = time.monotonic()
-        for completion, token in zip(completions, tokens, strict=True):
-            request = self._requests.get(completion.row.key.request_id)
-            if request is None:
-                continue  # another output of this request was not finite
-            if not token.is_finite:
-                detail = "The model produced a value that is not a number."
-                self._fail(request, "numerical", detail)
-                continue
+        for completion, tokens in zip(completions, dispatch.tokens(), strict=True):
+            if completion.end is None and tokens:
+                self._take_tokens(completion, tokens, now)
+        for request_id in {completion.row.key.request_id for completion in completions}:
+            if request := self._requests.get(request_id):
+                self._finish_if_done(request)
+
+    def _take_tokens(
+        self, completion: Completion, tokens: Sequence[SampledToken], now: float
+    ) -> None:
+        request = self._requests.get(completion.row.key.request_id)
+        if request is None:
+            return  # it failed or was cancelled after the dispatch began
+        finite = [token for token in tokens if token.is_finite]
+        if finite:
             request.first_token_at = request.first_token_at or now
-            step = completion.take(token)
+            step = completion.take(finite)
             self._events.append(step.piece)
             if step.end is not None:
                 self._scheduler.remove(completion.row)
-        for request_id in {row.key.request_id for row in action.rows}:
-            if request := self._requests.get(request_id):
-                self._finish_if_done(request)
+                return
+        if len(finite) < len(tokens):
+            detail = "The model produced a value that is not a number."
+            self._fail(request, "numerical", detail)
 
     def _cut(self, request: AdmittedRequest, reason: FinishReason) -> None:
         """Ends every output that still runs; what was generated stands."""
@@ -203,7 +303,8 @@ class Loop:
             first_token_seconds=None if first_token is None else first_token - request.admitted_at,
             total_seconds=now - request.admitted_at,
         )
-        self._events.append(Finished(request.request_id, outputs, timings))
+        num_cached = sum(request.num_cached_tokens.values())
+        self._events.append(Finished(request.request_id, outputs, timings, num_cached))
 
     def _fail(self, request: AdmittedRequest, code: str, detail: str) -> None:
         self._forget(request)

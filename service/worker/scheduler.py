@@ -3,10 +3,14 @@
 A row is one output of a request. It waits, gets a slot, has its prompt prefilled in chunks, decodes
 with all other rows that do, and gives its slot back::
 
-    submit -> waiting -> (slot) prefilling -> decoding -> remove
+    submit -> waiting -> (slot) looking up -> prefilling -> decoding -> remove
 
-While rows decode, chunks and decode steps take turns, so a long prompt delays a running stream by
-one chunk at a time and never by its whole length.
+While rows decode, parts of a chunk and decode steps take turns, so a long prompt delays a running
+stream by one part at a time and never by its whole length. How long a part is, the caller decides:
+it is asked for the same chunk again until it has recorded it. Short prompts share a chunk.
+
+A prompt of whole chunks is looked up once, when it is its turn: what an earlier prompt left need
+not be prefilled, and what is being prefilled before it is there by then.
 
 Outputs of one request that continue the same prompt share its prefill: the first one with a slot
 prefills, and what it wrote is copied to the others that have a slot by then, before it decodes. A
@@ -37,6 +41,7 @@ class Row:
         prompt_index: Which prompt of its request it continues.
         slot: Set while the row has one.
         num_prefilled: Of `num_prefill_tokens`.
+        is_looked_up: Whether its leading chunks need not be looked for any more.
     """
 
     key: RowKey
@@ -44,6 +49,7 @@ class Row:
     prompt_index: int = 0
     slot: int | None = None
     num_prefilled: int = 0
+    is_looked_up: bool = False
 
     @property
     def is_prefilled(self) -> bool:
@@ -56,12 +62,26 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
-    """Prefill prompt tokens ``start`` to ``end`` of a row."""
+class LookUp:
+    """Give a row the leading chunks of its prompt that are kept, if any."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prompt tokens ``start`` to ``end`` of a row."""
 
     row: Row
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Go on with these chunks, which are prefilled together."""
+
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +104,22 @@ class Idle:
     """Nothing to do until something is submitted."""
 
 
-Action = Prefill | Copy | Decode | Idle
+Action = LookUp | Prefill | Copy | Decode | Idle
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLimits:
+    """What one chunk may hold.
+
+    Attributes:
+        chunk_tokens: Of one prompt; chunks start at multiples of it.
+        packed_tokens: Of several prompts together.
+        packed_prompts: How many these may be.
+    """
+
+    chunk_tokens: int
+    packed_tokens: int = 0
+    packed_prompts: int = 1
 
 
 class Scheduler:
@@ -92,21 +127,37 @@ class Scheduler:
 
     Args:
         num_slots: Rows that hold a slot at once.
-        chunk_tokens: Longest prefill chunk; chunks start at multiples of it.
+        limits: Of prefill.
+        keeps_prefixes: Whether there is anything to look up.
     """
 
-    def __init__(self, num_slots: int, chunk_tokens: int) -> None:
-        self._chunk_tokens = chunk_tokens
+    def __init__(
+        self, num_slots: int, limits: PrefillLimits, *, keeps_prefixes: bool = False
+    ) -> None:
+        self._limits = limits
+        self._keeps_prefixes = keeps_prefixes
         self._free_slots = deque(range(num_slots))
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._prefilled_last = False
-        # The row whose slot holds its prompt and nothing decoded yet.
-        self._copy_source: Row | None = None
+        # Begun and not recorded yet.
+        self._chunks: Prefill | None = None
+        # Rows whose slot holds their prompt and nothing decoded yet.
+        self._copy_sources: list[Row] = []
 
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether anything waits for a slot or for its prefill."""
+        return bool(self._waiting) or any(not row.is_prefilled for row in self._running)
+
+    @property
+    def num_decoding(self) -> int:
+        """Rows that have their whole prompt."""
+        return sum(row.is_prefilled for row in self._running)
 
     def submit(self, rows: Iterable[Row]) -> None:
         """Puts rows at the end of the queue, in order."""
@@ -118,6 +169,9 @@ class Scheduler:
         while self._waiting and self._free_slots:
             row = self._waiting.popleft()
             row.slot = self._free_slots.popleft()
+            row.is_looked_up = not (
+                self._keeps_prefixes and row.num_prefill_tokens >= self._limits.chunk_tokens
+            )
             self._running.append(row)
             started.append(row)
         return started
@@ -126,22 +180,32 @@ class Scheduler:
         """What to do now. The caller does it, records it, and then calls this again."""
         if copy := self._due_copy():
             return copy
-        prefilling = next((row for row in self._running if not row.is_prefilled), None)
+        prefilling = [row for row in self._running if not row.is_prefilled]
         decoding = tuple(row for row in self._running if row.is_prefilled)
-        if prefilling is not None and not (decoding and self._prefilled_last):
+        if prefilling and not (decoding and self._prefilled_last):
+            if self._chunks is None and not prefilling[0].is_looked_up:
+                return LookUp(prefilling[0])
             self._prefilled_last = True
-            start = prefilling.num_prefilled
-            end = min(start + self._chunk_tokens, prefilling.num_prefill_tokens)
-            return Prefill(prefilling, start, end)
+            self._chunks = self._chunks or self._next_chunks(prefilling)
+            return self._chunks
         self._prefilled_last = False
-        self._copy_source = None
+        self._copy_sources = []
         return Decode(decoding) if decoding else Idle()
 
+    def record_look_up(self, row: Row, num_chunks: int) -> None:
+        """The first ``num_chunks`` chunks of a row are in its slot."""
+        row.is_looked_up = True
+        row.num_prefilled = num_chunks * self._limits.chunk_tokens
+        if row.is_prefilled:
+            self._copy_sources.append(row)
+
     def record_prefill(self, action: Prefill) -> None:
-        """The chunk is in the cache."""
-        action.row.num_prefilled = action.end
-        if action.row.is_prefilled:
-            self._copy_source = action.row
+        """The chunks are in the cache."""
+        self._chunks = None
+        for chunk in action.chunks:
+            chunk.row.num_prefilled = chunk.end
+            if chunk.row.is_prefilled:
+                self._copy_sources.append(chunk.row)
 
     def record_copy(self, action: Copy) -> None:
         """The prompt is in the cache of every target."""
@@ -150,8 +214,10 @@ class Scheduler:
 
     def remove(self, row: Row) -> None:
         """The row ended, wherever it stood; its slot is free. May be called twice."""
-        if row is self._copy_source:
-            self._copy_source = None
+        if row in self._copy_sources:
+            self._copy_sources.remove(row)
+        if self._chunks and any(chunk.row is row for chunk in self._chunks.chunks):
+            self._chunks = None
         if row.slot is not None:
             self._running.remove(row)
             self._free_slots.append(row.slot)
@@ -159,12 +225,36 @@ class Scheduler:
         elif row in self._waiting:
             self._waiting.remove(row)
 
+    def _next_chunks(self, prefilling: list[Row]) -> Prefill:
+        """The next chunk of the first row, with the last chunks of others that fit beside it."""
+        first, *others = prefilling
+        chunks = [self._next_chunk(first)]
+        room = self._limits.packed_tokens - (chunks[0].end - chunks[0].start)
+        for row in others:
+            chunk = self._next_chunk(row)
+            num_tokens = chunk.end - chunk.start
+            is_last = chunk.end == row.num_prefill_tokens and row.is_looked_up
+            # Outputs of one prompt get a copy of what the first of them prefills.
+            is_copied = any(row.shares_prompt_with(each.row) for each in chunks)
+            if num_tokens <= room and is_last and not is_copied:
+                chunks.append(chunk)
+                room -= num_tokens
+            if len(chunks) == self._limits.packed_prompts:
+                break
+        return Prefill(tuple(chunks))
+
+    def _next_chunk(self, row: Row) -> Chunk:
+        start = row.num_prefilled
+        return Chunk(row, start, min(start + self._limits.chunk_tokens, row.num_prefill_tokens))
+
     def _due_copy(self) -> Copy | None:
         """A copy is short, so it takes no turn of chunks and steps: it happens at once."""
-        source = self._copy_source
-        if source is None:
-            return None
-        targets = tuple(
-            row for row in self._running if not row.is_prefilled and row.shares_prompt_with(source)
-        )
-        return Copy(source, targets) if targets else None
+        for source in self._copy_sources:
+            targets = tuple(
+                row
+                for row in self._running
+                if not row.is_prefilled and row.shares_prompt_with(source)
+            )
+            if targets:
+                return Copy(source, targets)
+        return None

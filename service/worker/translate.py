@@ -26,6 +26,7 @@ def engine_options(load: Load) -> EngineOptions:
         num_slots=load.num_slots,
         context_tokens=load.context_tokens,
         cache_dir=Path(load.cache_dir),
+        prefix_cache_bytes=load.prefix_cache_bytes,
     )
 
 

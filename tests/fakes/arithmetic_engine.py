@@ -14,12 +14,20 @@ Like the real engine it keeps nothing but what is in its slots. Environment vari
 misbehave for a test: see `load`.
 """
 
+import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from model.progress import Progress
-from model.slots import DecodeRow, EngineInfo, EngineOptions, SampledToken
+from model.slots import (
+    MAX_STEPS,
+    DecodeRow,
+    EngineInfo,
+    EngineOptions,
+    PromptChunk,
+    SampledToken,
+)
 
 VOCABULARY_SIZE = 1000
 BOS_ID = 0
@@ -55,10 +63,12 @@ class ArithmeticEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
+        # The tokens of each slot, and those whose "keys and values" are there.
+        self._tables: list[list[int]] = [[] for _ in range(options.num_slots)]
         self._slots: list[list[int]] = [[] for _ in range(options.num_slots)]
+        self._kept: dict[bytes, list[int]] = {}
         self._step_seconds = float(os.environ.get("ARITHMETIC_STEP_SECONDS", "0"))
         self.num_compilations = 0
-        self.num_decoded_tokens = 0
         self._has_prefilled_once = False
 
     @property
@@ -79,17 +89,29 @@ class ArithmeticEngine:
             num_layers=0,
             hidden_dim=0,
             chunk_tokens=CHUNK_TOKENS,
+            packed_tokens=CHUNK_TOKENS,
+            packed_prompts=2,
+            keeps_prefixes=self._options.prefix_cache_bytes > 0,
         )
 
-    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        assert start % CHUNK_TOKENS == 0
-        assert 0 < len(token_ids) <= CHUNK_TOKENS
-        self._slots[slot][start:] = token_ids
-        assert len(self._slots[slot]) == start + len(token_ids), "a chunk is missing"
-        if ONCE in token_ids:
-            assert not self._has_prefilled_once, "prefilled twice"
-            self._has_prefilled_once = True
-        time.sleep(self._step_seconds)
+    def begin(self, slot: int, token_ids: Sequence[int]) -> None:
+        self._tables[slot] = list(token_ids)
+
+    def prefill(self, chunks: Sequence[PromptChunk]) -> Iterator[None]:
+        assert len(chunks) == 1 or sum(len(chunk.token_ids) for chunk in chunks) <= CHUNK_TOKENS
+        for chunk in chunks:
+            assert chunk.start % CHUNK_TOKENS == 0
+            assert 0 < len(chunk.token_ids) <= CHUNK_TOKENS
+        # As two layers that are both needed.
+        for _ in range(2):
+            time.sleep(self._step_seconds / 2)
+            yield
+        for chunk in chunks:
+            self._slots[chunk.slot][chunk.start :] = chunk.token_ids
+            assert len(self._slots[chunk.slot]) == chunk.start + len(chunk.token_ids)
+            if ONCE in chunk.token_ids:
+                assert not self._has_prefilled_once, "prefilled twice"
+                self._has_prefilled_once = True
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         assert len(self._slots[source]) == num_tokens, "something was decoded in the source"
@@ -98,24 +120,73 @@ class ArithmeticEngine:
             self._slots[target] = list(self._slots[source])
         time.sleep(self._step_seconds)
 
-    def decode(self, rows: Sequence[DecodeRow]) -> list[SampledToken]:
+    def keep(self, slot: int, keys: Sequence[bytes]) -> None:
+        start = CHUNK_TOKENS * (len(keys) - 1)
+        assert len(self._slots[slot]) == start + CHUNK_TOKENS, "not prefilled just now"
+        self._kept[keys[-1]] = self._slots[slot][start:]
+
+    def restore(self, slot: int, keys: Sequence[bytes]) -> int:
+        found = list(itertools.takewhile(lambda key: key in self._kept, keys))
+        self._slots[slot] = [token for key in found for token in self._kept[key]]
+        return len(found)
+
+    def decode(self, rows: Sequence[DecodeRow], num_steps: int) -> "Sums":
         assert 0 < len(rows) <= self._options.num_slots
         assert len({row.slot for row in rows}) == len(rows), "two rows in one slot"
-        time.sleep(self._step_seconds)
-        return [self._decode_row(row) for row in rows]
+        assert 0 < num_steps <= MAX_STEPS
+        drawn = [self._decode_row(row, num_steps) for row in rows]
+        most = max(len(tokens) for tokens in drawn)
+        return Sums(drawn, time.monotonic() + most * self._step_seconds)
 
-    def _decode_row(self, row: DecodeRow) -> SampledToken:
-        tokens = self._slots[row.slot]
-        tokens[row.position :] = [row.token_id]
-        assert len(tokens) == row.position + 1, "a token is missing from the slot"
-        _misbehave(tokens)
-        token_id = next_token(tokens, row.sampling.seed if row.sampling.temperature > 0 else 0)
-        while token_id in row.banned_ids:
-            token_id = (token_id + 1) % VOCABULARY_SIZE
-        if row.num_logprobs is None:
-            return SampledToken(token_id, is_finite=NOT_FINITE not in tokens)
-        top = tuple(((token_id + i) % VOCABULARY_SIZE, -1.0 - i) for i in range(row.num_logprobs))
-        return SampledToken(token_id, -1.0, top)
+    def _decode_row(self, row: DecodeRow, num_steps: int) -> list[SampledToken]:
+        drawn: list[SampledToken] = []
+        rules, table, held = row.rules, self._tables[row.slot], self._slots[row.slot]
+        for position in range(row.position, row.position + num_steps):
+            del table[position + 1 :]
+            assert len(table) == position + 1, "a token was never written"
+            newest = table[-1]
+            has_stopped = position >= rules.num_prompt and newest in rules.stop_ids
+            if has_stopped or position + 1 >= rules.end:
+                break
+            held[position:] = [newest]
+            assert held == table, "the slot does not hold what was said so far"
+            _misbehave(held)
+            seed = rules.sampling.seed if rules.sampling.temperature > 0 else 0
+            token_id = next_token(held, seed)
+            while position + 1 < rules.may_stop_at and token_id in rules.stop_ids:
+                token_id = (token_id + 1) % VOCABULARY_SIZE
+            is_finite = NOT_FINITE not in held
+            table.append(token_id if is_finite else BOS_ID)
+            drawn.append(_sampled(token_id, rules.num_logprobs, is_finite=is_finite))
+            if not is_finite:
+                break
+        if drawn and (table[-1] in rules.stop_ids or not drawn[-1].is_finite):
+            # The next dispatch may begin before this is read; it finds the same end again.
+            table += [table[-1]] * (row.position + num_steps + 1 - len(table))
+            held[:] = table[:-1]
+        return drawn
+
+
+class Sums:
+    """What was drawn; it is done when the clock says so."""
+
+    def __init__(self, drawn: list[list[SampledToken]], done_at: float) -> None:
+        self._drawn = drawn
+        self._done_at = done_at
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._done_at - time.monotonic()))
+
+    def tokens(self) -> list[list[SampledToken]]:
+        self.wait()
+        return self._drawn
+
+
+def _sampled(token_id: int, num_logprobs: int | None, *, is_finite: bool) -> SampledToken:
+    if num_logprobs is None:
+        return SampledToken(token_id, is_finite=is_finite)
+    top = tuple(((token_id + i) % VOCABULARY_SIZE, -1.0 - i) for i in range(num_logprobs))
+    return SampledToken(token_id, -1.0, top, is_finite)
 
 
 # Prompts that hold one of these tokens make the engine fail, as a real one might.

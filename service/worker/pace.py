@@ -1,0 +1,41 @@
+"""How long a turn of the loop may take, from how long steps take here.
+
+A running stream notices a gap; a waiting prompt notices every step that goes before it. So parts of
+a prompt and steps take turns in a fixed proportion, whatever the machine.
+"""
+
+from model.slots import MAX_STEPS
+
+# A stream's tokens come at most this far apart in time because of how they are dispatched.
+_DISPATCH_SECONDS = 0.1
+# Of a step: a stream then waits three times as long as usual, and a prompt gets two thirds.
+_PREFILL_STEPS = 2.0
+# Alone a prompt pauses only for those who arrive or leave.
+_PREFILL_SECONDS = 0.1
+# A step's length is smoothed over about ten.
+_SMOOTHING = 0.1
+
+
+class Pace:
+    """Measures steps, and says how many fit."""
+
+    def __init__(self) -> None:
+        self._step_seconds: float | None = None
+
+    def note_steps(self, num_steps: int, seconds: float) -> None:
+        """A dispatch of ``num_steps`` took ``seconds``."""
+        each = seconds / num_steps
+        before = each if self._step_seconds is None else self._step_seconds
+        self._step_seconds = before + _SMOOTHING * (each - before)
+
+    def num_steps(self, most: int) -> int:
+        """Steps of the next dispatch, of ``most`` that are wanted; 1 while nothing is known."""
+        if not self._step_seconds:
+            return 1
+        return max(1, min(most, MAX_STEPS, int(_DISPATCH_SECONDS / self._step_seconds)))
+
+    def prefill_seconds(self, *, is_accompanied: bool) -> float:
+        """How long a part of a prompt may take, with rows that decode beside it or without."""
+        if is_accompanied and self._step_seconds is not None:
+            return _PREFILL_STEPS * self._step_seconds
+        return _PREFILL_SECONDS

@@ -1,0 +1,39 @@
+"""A chunk of prompts that is prefilled in parts, with other work between them."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+from model.slots import Engine, PromptChunk
+from service.worker.scheduler import Prefill
+
+
+class PausedPrefill:
+    """The chunk that was begun last.
+
+    Args:
+        engine: Does the work.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._action: Prefill | None = None
+        self._parts: Iterator[None] = iter(())
+
+    def run(self, action: Prefill, chunks: Sequence[PromptChunk], until: float) -> bool:
+        """Goes on with ``action``, or begins it; returns whether it is done.
+
+        Stops before a part that would last beyond ``until`` (monotonic seconds), if the parts
+        before it tell; one part is always done.
+        """
+        if self._action is not action:
+            self._action, self._parts = action, self._engine.prefill(chunks)
+        longest = 0.0
+        began = time.monotonic()
+        for _ in self._parts:
+            now = time.monotonic()
+            longest = max(longest, now - began)
+            began = now
+            if now + longest > until:
+                return False
+        self._action = None
+        return True
