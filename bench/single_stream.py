@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 from bench.service_process import resident_bytes, running_service
 from model.engine import GemmaEngine, load
 from model.presets.resolve import open_preset
 from model.progress import no_progress
 from model.slot_memory import num_cache_positions
-from model.slots import DecodeRow, EngineOptions, Sampling
+from model.slots import EngineOptions, RowRules, Sampling
 from service.settings import Settings
 
 _ROUNDS = 5
@@ -30,13 +31,17 @@ _GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
 def bare_step_seconds(engine: GemmaEngine) -> list[float]:
     """Seconds of each step of the two-row program, inputs ready and nothing else done."""
-    rows = [DecodeRow(0, 100, _PROMPT_TOKENS, _GREEDY)]
-    inputs = engine._decode_inputs(rows, 2)
+    rules = engine._rules.of([RowRules(_GREEDY, _PROMPT_TOKENS, _PROMPT_TOKENS + 2)], 2)
+    slots = np.array([0, engine.info.num_slots], np.int32)
+    positions = np.array([_PROMPT_TOKENS, 0], np.int32)
+    one_step = np.array(1, np.int32)
     program = engine._programs["decode[2]"]
     seconds = []
     for _ in range(_TOKENS):
         began = time.perf_counter()
-        engine._caches, outputs = program(engine._weights, engine._traits, engine._caches, inputs)
+        engine._states, outputs = program(
+            engine._weights, engine._traits, engine._states, slots, positions, rules, one_step
+        )
         outputs.token_ids.block_until_ready()
         seconds.append(time.perf_counter() - began)
     return seconds

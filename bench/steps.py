@@ -13,7 +13,7 @@ from pathlib import Path
 from model.engine import GemmaEngine, load
 from model.prefill import CHUNK_BUCKETS
 from model.progress import no_progress
-from model.slots import DecodeRow, EngineOptions, Sampling
+from model.slots import DecodeRow, EngineOptions, PromptChunk, RowRules, Sampling
 from service.settings import Settings
 
 _CALLS = 15
@@ -42,22 +42,16 @@ def decode_ms(engine: GemmaEngine, num_rows: int, way: str) -> float:
     """One step of ``num_rows`` rows that all ask for the same."""
     position, sampling, num_logprobs = _WAYS[way]
     rows = [
-        DecodeRow(slot, 1000 + slot, position, sampling, (), num_logprobs)
+        DecodeRow(slot, position, RowRules(sampling, 1, position + 2, num_logprobs=num_logprobs))
         for slot in range(num_rows)
     ]
-    return median_ms(lambda: engine.decode(rows))
+    return median_ms(lambda: engine.decode(rows, 1).tokens())
 
 
 def prefill_ms(engine: GemmaEngine, num_tokens: int, start: int) -> float:
-    """One chunk, waited for through a decode step of which the time is taken off."""
-    tokens = list(range(1000, 1000 + num_tokens))
-    row = [DecodeRow(1, 5, 0, _GREEDY)]
-
-    def chunk_and_step() -> None:
-        engine.prefill(0, tokens, start)
-        engine.decode(row)
-
-    return median_ms(chunk_and_step) - median_ms(lambda: engine.decode(row))
+    """One chunk, layer by layer."""
+    chunk = PromptChunk(0, list(range(1000, 1000 + num_tokens)), start)
+    return median_ms(lambda: list(engine.prefill([chunk])))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.slots import DecodeRow, Engine, Sampling
+from model.slots import DecodeRow, Engine, PromptChunk, RowRules, Sampling
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
@@ -23,13 +23,14 @@ def generate(
     start = int(is_prompt.sum(axis=1).min())
     for slot, row in enumerate(rows):
         if start > 1:
-            engine.prefill(slot, row[: start - 1].tolist(), 0)
+            for _ in engine.prefill([PromptChunk(slot, row[: start - 1].tolist(), 0)]):
+                pass
     for column in range(start, rows.shape[1]):
-        step = [
-            DecodeRow(slot, int(row[column - 1]), column - 1, GREEDY)
-            for slot, row in enumerate(rows)
-        ]
-        drawn = [token.token_id for token in engine.decode(step)]
+        rules = RowRules(GREEDY, num_prompt=column, end=column + 1)
+        for slot, row in enumerate(rows):
+            engine.begin(slot, row[:column].tolist())
+        step = [DecodeRow(slot, column - 1, rules) for slot in range(len(rows))]
+        drawn = [token.token_id for (token,) in engine.decode(step, 1).tokens()]
         rows[:, column] = np.where(is_prompt[:, column], rows[:, column], drawn)
         if stop_ids is not None and _ends(rows, is_prompt, stop_ids).any(axis=1).all():
             break

@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from model.slots import MAX_BANNED_IDS, MAX_BIASES, MAX_LOGPROBS, EngineInfo, Sampling
+from model.slots import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS, EngineInfo, Sampling
 from service.api.schemas import GenerateRequest, field_limits
 from service.protocol import framing
 from service.protocol.framing import ProtocolError
@@ -273,12 +273,14 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
 
 def test_what_info_shows_is_what_the_engine_tells():
     shown = set(ServerInfo.__struct_fields__)
-    assert shown | {"chunk_tokens"} == {field.name for field in fields(EngineInfo)}
+    assert shown | {"chunk_tokens", "packed_tokens", "packed_prompts", "keeps_prefixes"} == {
+        field.name for field in fields(EngineInfo)
+    }
 
 
 def test_the_api_asks_for_no_more_than_an_engine_gives():
     limits = field_limits()
     assert limits["logprobs"]["maximum"] == MAX_LOGPROBS
     # The ids that stop are banned until min_tokens: the request's own, eos and end of turn.
-    assert limits["stop_token_ids"]["maxItems"] + 2 <= MAX_BANNED_IDS
+    assert limits["stop_token_ids"]["maxItems"] + 2 <= MAX_STOP_IDS
     assert limits["logit_bias"]["maxProperties"] == MAX_BIASES

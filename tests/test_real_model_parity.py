@@ -14,6 +14,7 @@ from model.engine import load
 from model.progress import no_progress
 from model.slots import DecodeRow, EngineOptions, Sampling
 from tests.gold import our_answers
+from tests.test_engine import one_step, prefill, rules_of
 
 _GOLDENS = Path(__file__).parent / "goldens" / "gemma3_270m"
 _CASES = {
@@ -104,16 +105,16 @@ def test_company_changes_no_bit(engine):
         rng.integers(100, 200_000, length).tolist() for length in (21, 3, 300, 90, 1, 8, 2, 40)
     ]
     for slot, prompt in enumerate(prompts):
-        for start in range(0, len(prompt) - 1, 256):
-            engine.prefill(slot, prompt[start : min(start + 256, len(prompt) - 1)], start)
+        prefill(engine, slot, prompt)
     drawing = Sampling(temperature=0.9, top_k=0, top_p=0.95, seed=11)
     rows = [
-        DecodeRow(slot, prompt[-1], len(prompt) - 1, drawing, (), 20)
+        DecodeRow(slot, len(prompt) - 1, rules_of(prompt, 9, drawing, num_logprobs=20))
         for slot, prompt in enumerate(prompts)
     ]
-    (alone,) = engine.decode(rows[:1])
+    (alone,) = one_step(engine, rows[0])
     for num_others in range(1, 8):
         for place in (0, num_others // 2, num_others):
             company = rows[1 : num_others + 1]
             batch = [*company[:place], rows[0], *company[place:]]
-            assert engine.decode(batch)[place] == alone, f"among {num_others}, at place {place}"
+            drawn = one_step(engine, *batch)[place]
+            assert drawn == alone, f"among {num_others}, at place {place}"

@@ -15,7 +15,7 @@ def continuation(seed: int, num_tokens: int) -> list[int]:
 
 
 def test_four_outputs_of_a_prompt_that_may_be_prefilled_once(tmp_path):
-    with running_service(tmp_path) as service:
+    with running_service(tmp_path, "--prefix-cache-bytes=0") as service:
         answer = service.generate(PROMPT, n=4, seed=30, temperature=1.0, max_tokens=5)
         assert answer.status_code == 200, service.log
         drawn = [output["token_ids"] for output in answer.json()["outputs"]]

@@ -243,6 +243,7 @@ class Loop:
         rows = [completion.decode_row(num_steps) for completion in completions]
         dispatch = self._engine.decode(rows, num_steps)
         self._read()
+        self._flush()
         dispatch.wait()
         self._pace.note_steps(num_steps, time.monotonic() - began)
         self._unread = _Unread(dispatch, completions)

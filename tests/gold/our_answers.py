@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from model.config import GemmaConfig
 from model.gemma.forward import forward, head
 from model.gemma.weights import GemmaWeights
-from model.slots import MAX_LOGPROBS, DecodeRow, Engine, SampledToken, Sampling
+from model.slots import (
+    MAX_LOGPROBS,
+    DecodeRow,
+    Engine,
+    PromptChunk,
+    RowRules,
+    SampledToken,
+    Sampling,
+)
 
 # Sequences are padded to a multiple of this, and logits are made for this many positions at once:
 # all positions of the longest case would be 1.6 GB.
@@ -93,14 +101,17 @@ def cached(engine: Engine, cases: Sequence[Case]) -> list[list[SampledToken]]:
     for slot, case in enumerate(cases):
         before_last = case["token_ids"][:-1]
         for start in range(0, len(before_last), chunk):
-            engine.prefill(slot, before_last[start : start + chunk], start)
+            tokens = before_last[start : start + chunk]
+            for _ in engine.prefill([PromptChunk(slot, tokens, start)]):
+                pass
     drawn: list[list[SampledToken]] = [[] for _ in cases]
     for step in range(len(cases[0]["greedy_token_ids"])):
         rows = []
         for slot, case in enumerate(cases):
             position = len(case["token_ids"]) - 1 + step
-            token_id = (case["token_ids"] + case["greedy_token_ids"])[position]
-            rows.append(DecodeRow(slot, token_id, position, _GREEDY, num_logprobs=MAX_LOGPROBS))
-        for tokens, token in zip(drawn, engine.decode(rows), strict=True):
-            tokens.append(token)
+            engine.begin(slot, (case["token_ids"] + case["greedy_token_ids"])[: position + 1])
+            rules = RowRules(_GREEDY, position + 1, position + 2, num_logprobs=MAX_LOGPROBS)
+            rows.append(DecodeRow(slot, position, rules))
+        for tokens, new in zip(drawn, engine.decode(rows, 1).tokens(), strict=True):
+            tokens += new
     return drawn
