@@ -1,10 +1,14 @@
 """Answers under mixed random load are, to the last bit, those of the same requests sent alone.
 
+Alone means one at a time to another service, one that keeps no prefixes: so the answers are also
+those after a restart, and those with the prefix cache on are those with it off.
+
 `make test` compares some hundred answers; GEMMA_CAMPAIGN_ANSWERS sets another number, as
 `make nightly` does.
 """
 
 import asyncio
+import contextlib
 import os
 import random
 
@@ -14,30 +18,50 @@ import pytest
 from tests.service_process import eventually, running_service
 
 NUM_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_ANSWERS", "200"))
-CONTEXT_TOKENS = 768
+CONTEXT_TOKENS = 2304
+CACHED_TOKENS = 'gemma_prefix_cached_tokens_total{adapter="base"}'
+# What many prompts begin with, as a system prompt would be.
+SHARED = random.Random(1).choices(range(12, 512), k=2100)
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory, cache_dir):
+@contextlib.contextmanager
+def tiny_service(directory, cache_dir, *options):
     """The real engine on the tiny preset: four slots, so that most requests wait and mix."""
     with running_service(
-        tmp_path_factory.mktemp("company"),
+        directory,
         "--engine=model.engine:load",
         "--preset=tiny",
         f"--cache-dir={cache_dir}",
         "--slots=4",
         f"--context-tokens={CONTEXT_TOKENS}",
+        *options,
         is_ready=False,
     ) as running:
         assert eventually(running.is_ready, 120), running.log
         yield running
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, cache_dir):
+    with tiny_service(tmp_path_factory.mktemp("company"), cache_dir) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def forgetful_service(tmp_path_factory, cache_dir):
+    directory = tmp_path_factory.mktemp("alone")
+    with tiny_service(directory, cache_dir, "--prefix-cache-bytes=0") as running:
+        yield running
+
+
 def random_request(draw):
     """Any prompt that fits, and any way to draw; short answers, as there are many."""
-    num_prompt = draw.choice([1, 2, 7, 31, 32, 33, 64, 200, 255, 256, 257, 300, 513, 600])
+    lengths = [1, 2, 7, 31, 40, 40, 63, 64, 65, 200, 255, 256, 257, 300, 513, 600, 1900, 2000]
+    num_prompt = draw.choice(lengths)
+    num_shared = draw.choice([0, 0, num_prompt // 2, num_prompt - 1])
+    others = [draw.randrange(12, 512) for _ in range(num_prompt - num_shared)]
     body = {
-        "prompt": [draw.randrange(12, 512) for _ in range(num_prompt)],
+        "prompt": SHARED[:num_shared] + others,
         "max_tokens": draw.randint(1, 12),
         "seed": draw.randrange(2**32),
         "temperature": draw.choice([0, 0.3, 1.0, 2.5]),
@@ -80,14 +104,16 @@ async def post_all(url, bodies, at_once):
         return await asyncio.gather(*(post(body) for body in bodies))
 
 
-def test_every_answer_in_company_is_the_answer_alone(service):
+def test_every_answer_in_company_is_the_answer_alone(service, forgetful_service):
     draw = random.Random(20261122)
     bodies = []
     while sum(body["n"] for body in bodies) < NUM_ANSWERS:
         bodies.append(random_request(draw))
     together = asyncio.run(post_all(service.url, bodies, at_once=24))
     compilations = service.metric('gemma_compilations_total{phase="serving"}')
-    alone = asyncio.run(post_all(service.url, bodies, at_once=1))
+    assert service.metric(CACHED_TOKENS) > 0
+    alone = asyncio.run(post_all(forgetful_service.url, bodies, at_once=1))
+    assert forgetful_service.metric(CACHED_TOKENS) == 0
     different = [
         number
         for number, pair in enumerate(zip(together, alone, strict=True))
