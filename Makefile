@@ -31,8 +31,8 @@ serve: $(INSTALLED) ## serve PRESET (gemma3_270m, tiny, or a path) on HOST:PORT
 test: static ## everything CI runs: import contracts, types, tests (ARGS="-k top_p -x")
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
-nightly: $(INSTALLED) ## long campaigns: 20,000 answers in company against the same alone
-	GEMMA_CAMPAIGN_ANSWERS=20000 $(BIN)/pytest --timeout 4800 tests/test_company.py $(ARGS)
+nightly: $(INSTALLED) ## long campaigns: answers in company against alone, compilations in a fuzz
+	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py $(ARGS)
 
 check: lint test ## format, lint, import contracts, types, tests
 

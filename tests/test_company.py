@@ -25,7 +25,7 @@ SHARED = random.Random(1).choices(range(12, 512), k=2100)
 
 
 @contextlib.contextmanager
-def tiny_service(directory, cache_dir, *options):
+def tiny_service(directory, cache_dir, *options, **environment):
     """The real engine on the tiny preset: four slots, so that most requests wait and mix."""
     with running_service(
         directory,
@@ -36,6 +36,7 @@ def tiny_service(directory, cache_dir, *options):
         f"--context-tokens={CONTEXT_TOKENS}",
         *options,
         is_ready=False,
+        **environment,
     ) as running:
         assert eventually(running.is_ready, 120), running.log
         yield running

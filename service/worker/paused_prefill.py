@@ -1,7 +1,7 @@
 """A chunk of prompts that is prefilled in parts, with other work between them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from model.slots import Engine, PromptChunk
 from service.worker.scheduler import Prefill
@@ -12,10 +12,12 @@ class PausedPrefill:
 
     Args:
         engine: Does the work.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
+        self._clock = clock
         self._action: Prefill | None = None
         self._parts: Iterator[None] = iter(())
 
@@ -28,9 +30,9 @@ class PausedPrefill:
         if self._action is not action:
             self._action, self._parts = action, self._engine.prefill(chunks)
         longest = 0.0
-        began = time.monotonic()
+        began = self._clock()
         for _ in self._parts:
-            now = time.monotonic()
+            now = self._clock()
             longest = max(longest, now - began)
             began = now
             if now + longest > until:
