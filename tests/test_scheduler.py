@@ -57,6 +57,20 @@ def test_slots_go_to_the_rows_that_waited_longest_and_the_rest_wait_on():
     assert third.slot == 0
 
 
+def test_slots_go_to_the_higher_priority_and_then_to_the_tenant_that_had_fewer_tokens():
+    scheduler = Scheduler(1, LIMITS)
+    long = [Row(RowKey(f"long{k}", 0), 0, tenant="a", cost_tokens=20) for k in range(2)]
+    short = [Row(RowKey(f"short{k}", 0), 0, tenant="b", cost_tokens=10) for k in range(3)]
+    urgent = Row(RowKey("urgent", 0), 0, tenant="a", priority=1, cost_tokens=99)
+    scheduler.submit([*long, *short, urgent])
+    order = []
+    for _ in range(6):
+        [row] = scheduler.start_waiting()
+        order.append(row.key.request_id)
+        scheduler.remove(row)
+    assert order == ["urgent", "long0", "short0", "short1", "long1", "short2"]
+
+
 def test_a_prompt_of_nine_tokens_is_prefilled_as_four_four_and_one():
     scheduler = Scheduler(1, LIMITS)
     scheduler.submit([row("a", 9)])

@@ -33,6 +33,10 @@ class Content:
     num_decoded: int = 0
 
 
+def line_of(row: Row) -> tuple[str, int]:
+    return row.tenant, row.priority
+
+
 def prompt_of(row: Row) -> tuple[str, int]:
     return row.key.request_id, row.prompt_index
 
@@ -69,14 +73,19 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         prompts=st.lists(st.integers(0, MAX_PREFILL_TOKENS), min_size=1, max_size=2),
         num_choices=st.integers(1, 4),
+        tenant=st.sampled_from("ab"),
+        priority=st.sampled_from([0, 0, 1]),
     )
-    def submit(self, prompts: list[int], num_choices: int) -> None:
+    def submit(self, prompts: list[int], num_choices: int, tenant: str, priority: int) -> None:
         name = str(self.num_requests)
         rows = [
             Row(
                 RowKey(name, output),
                 num_prefill_tokens=prompts[output // num_choices],
                 prompt_index=output // num_choices,
+                tenant=tenant,
+                priority=priority,
+                cost_tokens=prompts[output // num_choices] + 1,
             )
             for output in range(len(prompts) * num_choices)
         ]
@@ -90,12 +99,15 @@ class AnyOrder(RuleBasedStateMachine):
     def start(self) -> None:
         started = self.scheduler.start_waiting()
         num_free = self.num_slots - len(self.running)
-        assert started == self.waiting[:num_free], "slots are filled, first come, first served"
+        assert len(started) == min(num_free, len(self.waiting)), "a slot stays empty"
         for row in started:
             assert row.slot is not None
             self.contents[row.slot] = None
+            assert row.priority == max(other.priority for other in self.waiting)
+            queue = [other for other in self.waiting if line_of(other) == line_of(row)]
+            assert row is queue[0], "within a tenant, first come, first served"
+            self.waiting.remove(row)
         self.running += started
-        del self.waiting[: len(started)]
 
     @rule(num_found=st.integers(0, 3), is_part=st.booleans())
     def act(self, num_found: int = 0, is_part: bool = False) -> None:

@@ -5,6 +5,8 @@ with all other rows that do, and gives its slot back::
 
     submit -> waiting -> (slot) looking up -> prefilling -> decoding -> remove
 
+Who gets a slot next is told in `service.worker.waiting`.
+
 While rows decode, parts of a chunk and decode steps take turns, so a long prompt delays a running
 stream by one part at a time and never by its whole length. How long a part is, the caller decides:
 it is asked for the same chunk again until it has recorded it. Short prompts share a chunk.
@@ -23,6 +25,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from service.worker.waiting import WaitingLine
+
 
 class RowKey(NamedTuple):
     """One output of one request."""
@@ -39,6 +43,9 @@ class Row:
         key: Which output.
         num_prefill_tokens: Prompt tokens to prefill: all but the last, which is decoded.
         prompt_index: Which prompt of its request it continues.
+        tenant: Whose it is.
+        priority: Higher ones get a slot first.
+        cost_tokens: What it may cost: tokens of its prompt and of its completion.
         slot: Set while the row has one.
         num_prefilled: Of `num_prefill_tokens`.
         is_looked_up: Whether its leading chunks need not be looked for any more.
@@ -47,6 +54,9 @@ class Row:
     key: RowKey
     num_prefill_tokens: int
     prompt_index: int = 0
+    tenant: str = "default"
+    priority: int = 0
+    cost_tokens: int = 1
     slot: int | None = None
     num_prefilled: int = 0
     is_looked_up: bool = False
@@ -137,7 +147,7 @@ class Scheduler:
         self._limits = limits
         self._keeps_prefixes = keeps_prefixes
         self._free_slots = deque(range(num_slots))
-        self._waiting: deque[Row] = deque()
+        self._waiting: WaitingLine[Row] = WaitingLine()
         self._running: list[Row] = []
         self._prefilled_last = False
         # Begun and not recorded yet.
@@ -160,14 +170,14 @@ class Scheduler:
         return sum(row.is_prefilled for row in self._running)
 
     def submit(self, rows: Iterable[Row]) -> None:
-        """Puts rows at the end of the queue, in order."""
-        self._waiting.extend(rows)
+        """Lets rows wait for a slot."""
+        self._waiting.add(rows)
 
     def start_waiting(self) -> list[Row]:
-        """Gives free slots to the rows that waited longest; returns those that got one."""
+        """Gives free slots to the rows that are next; returns those that got one."""
         started = []
         while self._waiting and self._free_slots:
-            row = self._waiting.popleft()
+            row = self._waiting.pop()
             row.slot = self._free_slots.popleft()
             row.is_looked_up = not (
                 self._keeps_prefixes and row.num_prefill_tokens >= self._limits.chunk_tokens
@@ -222,7 +232,7 @@ class Scheduler:
             self._running.remove(row)
             self._free_slots.append(row.slot)
             row.slot = None
-        elif row in self._waiting:
+        else:
             self._waiting.remove(row)
 
     def _next_chunks(self, prefilling: list[Row]) -> Prefill:
