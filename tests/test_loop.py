@@ -149,10 +149,12 @@ def generate(
     n: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    tenant: str = "default",
+    priority: int = 0,
 ) -> Generate:
     return Generate(
         request_id=request_id,
-        tenant="default",
+        tenant=tenant,
         deadline=math.inf,
         adapter=None,
         prompts=prompts,
@@ -160,6 +162,7 @@ def generate(
         sampling=SamplingParameters(temperature, 0, 1.0, seed),
         stop=StopRules(max_tokens, 0, (), (), ignore_eos=False),
         num_logprobs=None,
+        priority=priority,
     )
 
 
@@ -205,6 +208,36 @@ def test_a_request_with_more_outputs_than_slots_is_served_in_turns():
     tokens = [worker.tokens("a", output) for output in range(6)]
     assert tokens == [[1, 2], [1, 2], [2, 4], [2, 4], [3, 6], [3, 6]]
     assert len(worker.ends("a")) == 6
+
+
+def starts(worker: Worker, *commands: Generate) -> list[str]:
+    """The order in which requests of one output get the one slot that is not taken."""
+    worker.submit(generate("all others", (1,), n=NUM_SLOTS - 1, max_tokens=50))
+    worker.turn()
+    for command in commands:
+        worker.submit(command)
+    worker.run()
+    pieces = [event for frame in worker.frames for event in frame if isinstance(event, Piece)]
+    names = [piece.request_id for piece in pieces if piece.request_id != "all others"]
+    return list(dict.fromkeys(names))
+
+
+def test_whoever_waits_with_a_higher_priority_gets_a_slot_first():
+    order = starts(
+        Worker(),
+        generate("low", (1,), max_tokens=1, priority=-8),
+        generate("first", (1,), max_tokens=1),
+        generate("second", (1,), max_tokens=1),
+        generate("urgent", (1,), max_tokens=1, priority=8),
+    )
+    assert order == ["urgent", "first", "second", "low"]
+
+
+def test_a_tenant_with_many_requests_and_one_with_long_ones_get_as_many_tokens():
+    # One of a costs 1 + 2 tokens; one of b costs 4 + 5, and b moves on by as much as three of a.
+    many = [generate(f"a{k}", (1,), max_tokens=2, tenant="a") for k in range(6)]
+    long = [generate(f"b{k}", (1, 2, 3, 4), max_tokens=5, tenant="b") for k in range(2)]
+    assert starts(Worker(), *many, *long) == ["a0", "b0", "a1", "a2", "a3", "b1", "a4", "a5"]
 
 
 def test_the_outputs_of_a_prompt_are_prefilled_once_and_each_goes_on_as_it_would_alone():

@@ -267,7 +267,7 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
     assert sampling == {field.name for field in fields(Sampling)}
     api_name = {"strings": "stop", "token_ids": "stop_token_ids"}
     stop = {api_name.get(name, name) for name in StopRules.__struct_fields__}
-    others = {"prompt", "n", "logprobs", "stream", "timeout_s", "echo"}
+    others = {"prompt", "n", "logprobs", "stream", "timeout_s", "echo", "priority"}
     assert set(GenerateRequest.model_fields) == sampling | stop | others
 
 

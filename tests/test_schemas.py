@@ -39,6 +39,7 @@ def test_a_prompt_alone_gets_the_documented_defaults():
         "stop_token_ids": [],
         "ignore_eos": False,
         "timeout_s": None,
+        "priority": 0,
         "stream": False,
     }
 
@@ -90,6 +91,8 @@ def test_a_prompt_alone_gets_the_documented_defaults():
         ("echo", True),
         ("timeout_s", TINY),
         ("timeout_s", 86_400),
+        ("priority", -8),
+        ("priority", 8),
         ("stream", True),
     ],
 )
@@ -105,6 +108,9 @@ def test_the_last_value_inside_a_range_is_taken(field, value):
         ("echo", 1, ("echo",)),
         ("timeout_s", 0, ("timeout_s",)),
         ("timeout_s", 86_401, ("timeout_s",)),
+        ("priority", -9, ("priority",)),
+        ("priority", 9, ("priority",)),
+        ("priority", 1.0, ("priority",)),
         ("min_p", 1.000001, ("min_p",)),
         ("min_p", -TINY, ("min_p",)),
         ("repetition_penalty", 0, ("repetition_penalty",)),

@@ -332,6 +332,21 @@ def test_a_full_queue_is_429_with_retry_after_and_nothing_is_lost(slow):
             assert token_ids == [number, 2 * number, 4 * number]
 
 
+def test_a_request_with_a_higher_priority_overtakes_those_that_wait(slow):
+    with contextlib.ExitStack() as stack:
+        requests = [{"n": 2, "max_tokens": 8}, {"max_tokens": 1}, {"n": 2, "priority": 8}]
+        streams = []
+        for fields in requests:
+            stream = stack.enter_context(slow.stream([1], **{"max_tokens": 1, **fields}))
+            assert next(stream)["event"] == "start"
+            streams.append(stream)
+            if len(streams) == 1:
+                assert eventually(lambda: slow.metric(RUNNING) == 1)
+        _, waits, overtakes = ([*stream][-1]["data"]["timings"]["queue_s"] for stream in streams)
+    # Both slots go to the last one; the one before it came earlier and starts a step later.
+    assert waits > overtakes + 0.1
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_leaves_frees_its_slots(slow, stream):
     left_before = slow.metric(LEFT)

@@ -284,6 +284,7 @@ def _command(body: GenerateRequest, state: ServiceState) -> Generate:
         ),
         num_logprobs=body.logprobs,
         echo=body.echo,
+        priority=body.priority,
     )
 
 

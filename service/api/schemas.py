@@ -255,6 +255,13 @@ class GenerateRequest(_Model):
         description="Seconds after which the request ends with what it has, `finish_reason` "
         "`timeout`; at most the server's own limit, which null means.",
     )
+    priority: int = Field(
+        0,
+        ge=-8,
+        le=8,
+        description="Who waits with a higher priority gets a slot before anyone with a lower one; "
+        "what runs is not interrupted.",
+    )
     stream: bool = Field(False, description="Answer with server-sent events as tokens come.")
 
     @model_validator(mode="before")

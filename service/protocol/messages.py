@@ -98,6 +98,7 @@ class Generate(Message, frozen=True):
         stop: When a completion ends.
         num_logprobs: None, or alternatives per token.
         echo: Whether the text of each output begins with its prompt.
+        priority: Higher ones get a slot first.
     """
 
     request_id: str
@@ -110,6 +111,7 @@ class Generate(Message, frozen=True):
     stop: StopRules
     num_logprobs: int | None
     echo: bool = False
+    priority: int = 0
 
 
 class Cancel(Message, frozen=True):

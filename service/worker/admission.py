@@ -199,9 +199,16 @@ class Admission:
     ) -> Completion:
         prompt_index = output // command.num_choices
         prompt = prompts[prompt_index]
-        key = RowKey(command.request_id, output)
+        row = Row(
+            RowKey(command.request_id, output),
+            num_prefill_tokens=len(prompt) - 1,
+            prompt_index=prompt_index,
+            tenant=command.tenant,
+            priority=command.priority,
+            cost_tokens=len(prompt) + stops[prompt_index].max_tokens,
+        )
         return Completion(
-            row=Row(key, num_prefill_tokens=len(prompt) - 1, prompt_index=prompt_index),
+            row=row,
             prompt=prompt,
             sampling=sampling_of_output(command.sampling, output),
             stop=stops[prompt_index],
