@@ -13,6 +13,7 @@ import msgspec
 from model.slots import EngineInfo, TextCodec
 from service.protocol.messages import Accepted, Failed, Generate, StopRules
 from service.worker.completion import Completion
+from service.worker.drain_rate import DrainRate
 from service.worker.prefix_keys import PrefixKeys
 from service.worker.scheduler import Row, RowKey
 from service.worker.translate import sampling_of_output
@@ -75,6 +76,7 @@ class Admission:
         self._lock = threading.Lock()
         # Request -> prompt tokens of its outputs that wait for a slot.
         self._waiting: dict[str, dict[int, int]] = {}
+        self._drain_rate = DrainRate()
 
     @property
     def num_waiting(self) -> int:
@@ -118,9 +120,11 @@ class Admission:
             outputs = self._waiting.get(key.request_id)
             if outputs is None:
                 return
-            outputs.pop(key.output, None)
+            num_tokens = outputs.pop(key.output, 0)
             if not outputs:
                 del self._waiting[key.request_id]
+            self._drain_rate.left(0 if outputs else 1, num_tokens)
+            self._drain_rate.set_waiting(bool(self._waiting))
 
     def _token_ids(
         self, command: Generate, index: int, prompt: str | tuple[int, ...]
@@ -235,9 +239,14 @@ class Admission:
             )
             if not is_full:
                 self._waiting[command.request_id] = tokens
+                self._drain_rate.set_waiting(True)
                 return
+            excess = waiting_tokens + sum(tokens.values()) - self._max_tokens
+            seconds = self._drain_rate.seconds_until_left(
+                num_waiting - self._max_requests + 1, min(excess, waiting_tokens)
+            )
         detail = f"{num_waiting} requests and {waiting_tokens} tokens are waiting."
-        raise _refusal(command, "queue_full", detail, None, retry_after_seconds=1)
+        raise _refusal(command, "queue_full", detail, None, retry_after_seconds=seconds)
 
 
 def _prompt_pointer(index: int) -> str:
