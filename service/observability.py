@@ -6,6 +6,7 @@ holds prometheus objects, so a restarted worker never turns a counter back.
 """
 
 import time
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -147,7 +148,7 @@ class Metrics:
             self.successes.labels(_OPERATION, reason)
         for error in leaves():
             self.failures.labels(_OPERATION, error.code)
-        for reason in ("disconnect", "api", "timeout"):
+        for reason in ("disconnect", "stalled", "api", "timeout"):
             self.cancelled.labels(reason)
         for streaming in ("true", "false"):
             self.first_token.labels(streaming)
@@ -226,5 +227,6 @@ class GenerationMeter:
     def failed(self, code: str) -> None:
         self._metrics.failures.labels(_OPERATION, code).inc()
 
-    def abandoned(self) -> None:
-        self._metrics.cancelled.labels("disconnect").inc()
+    def abandoned(self, reason: Literal["disconnect", "stalled"] = "disconnect") -> None:
+        """Nobody reads the answer any more."""
+        self._metrics.cancelled.labels(reason).inc()

@@ -22,6 +22,7 @@ import uvicorn
 
 from service.api.state import Readiness, ServiceState
 from service.app import create_app
+from service.connection import connection_class
 from service.observability import Metrics
 from service.protocol.messages import Heartbeat, Load, Progress, RequestEvent, ServerInfo
 from service.settings import Settings
@@ -161,7 +162,7 @@ async def serve(settings: Settings, listener: socket.socket, display: StartupDis
     service = Service(settings, _url(listener), display)
     config = uvicorn.Config(
         service.app,
-        http="h11",
+        http=connection_class(settings.stream_stall_seconds),
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         ws="none",
         lifespan="off",

@@ -83,6 +83,12 @@ class Settings(BaseSettings):
     ping_seconds: float = Field(
         10.0, gt=0, le=3600, description="Seconds of silence after which a stream gets a comment."
     )
+    stream_stall_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a client may take nothing of its answer before it is cut off.",
+    )
     drain_seconds: float = Field(
         30.0, ge=0, le=3600, description="Seconds that running requests get when the service stops."
     )

@@ -23,6 +23,7 @@ from service.api.problems import request_id
 from service.api.route import StrictRoute
 from service.api.schemas import GenerateRequest, GenerateResponse
 from service.api.state import ServiceState, State
+from service.connection import is_stalled
 from service.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -146,8 +147,11 @@ class Answer:
         assert finished is not None, "the pieces ended without Finished or an error"
         return finished
 
-    def close(self) -> None:
-        """Ends the measuring and, if it is still running, the request; see `Generation.close`."""
+    def close(self, *, has_stalled: bool = False) -> None:
+        """Ends the measuring and, if it is still running, the request; see `Generation.close`.
+
+        A client that ``has_stalled`` did not leave, but was left.
+        """
         finished = self.generation.finished
         if finished is not None:
             reasons = [output.finish_reason for output in finished.outputs]
@@ -155,7 +159,7 @@ class Answer:
                 list(reasons), finished.timings.queue_seconds, finished.num_cached_tokens
             )
         elif self.generation.is_running:
-            self.meter.abandoned()
+            self.meter.abandoned("stalled" if has_stalled else "disconnect")
         self.generation.close()
 
 
@@ -214,8 +218,10 @@ class GenerationStream(StreamingResponse):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with closing(self._answer):
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close(has_stalled=is_stalled(scope))
 
 
 async def _frames(answer: Answer) -> AsyncIterator[bytes]:
