@@ -195,6 +195,8 @@ class GenerationMeter:
         self._streaming = "true" if streaming else "false"
         self._arrived_at = time.monotonic()
         self._last_token_at: dict[int, float] = {}
+        # Looked up once, and not for every token.
+        self._generation_tokens = metrics.generation_tokens.labels(_BASE)
 
     def admitted(self, num_prompt_tokens: int) -> None:
         self._metrics.prompt_tokens.labels(_OPERATION, _BASE).inc(num_prompt_tokens)
@@ -208,7 +210,7 @@ class GenerationMeter:
             for _ in range(count):
                 self._metrics.inter_token.observe((now - last) / count)
         self._last_token_at[output] = now
-        self._metrics.generation_tokens.labels(_BASE).inc(count)
+        self._generation_tokens.inc(count)
 
     def finished(
         self, finish_reasons: list[str], queue_seconds: float, num_cached_tokens: int

@@ -41,7 +41,8 @@ class Generation:
     async def next_pieces(self) -> list[Piece]:
         """Everything that has arrived, waiting for at least one piece; empty after the last.
 
-        A reader that comes seldom gets more at once, so it never holds anybody else up.
+        A reader that comes seldom gets more at once, so it never holds anybody else up. Whoever
+        gives up waiting and calls it again misses nothing: it waits only while it has no piece.
 
         Raises:
             ServiceError: The request failed on the way; pieces before that were returned.

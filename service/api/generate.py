@@ -235,13 +235,13 @@ async def _frames(answer: Answer) -> AsyncIterator[bytes]:
     yield sse.frame("start", start, event_id)
     try:
         while True:
-            waiting = asyncio.ensure_future(answer.next_pieces())
             try:
-                while not (await asyncio.wait((waiting,), timeout=answer.ping_seconds))[0]:
-                    yield sse.PING
-                pieces = await waiting
-            finally:
-                waiting.cancel()
+                # No task of its own for each token: with a thousand streams that is felt.
+                async with asyncio.timeout(answer.ping_seconds):
+                    pieces = await answer.next_pieces()
+            except TimeoutError:
+                yield sse.PING
+                continue
             if not pieces:
                 break
             for data in token_event(pieces, answer.num_choices):
