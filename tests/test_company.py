@@ -105,7 +105,7 @@ async def post_all(url, bodies, at_once):
         return await asyncio.gather(*(post(body) for body in bodies))
 
 
-def test_every_answer_in_company_is_the_answer_alone(service, forgetful_service):
+def test_f_r6_every_answer_in_company_is_the_answer_alone(service, forgetful_service):
     draw = random.Random(20261122)
     bodies = []
     while sum(body["n"] for body in bodies) < NUM_ANSWERS:

@@ -66,7 +66,7 @@ def logging_service(tmp_path_factory, cache_dir):
         yield running
 
 
-def test_no_request_compiles_anything(logging_service):
+def test_f_r5_no_request_compiles_anything(logging_service):
     before = logging_service.log
     assert compile_lines(before), "the log shows what is compiled before the service is ready"
     draw = random.Random(20261123)

@@ -54,7 +54,7 @@ def test_a_step_that_ends_the_worker_fails_all_that_it_held_and_no_more(tmp_path
         assert told in service.log
 
 
-def test_a_worker_that_hangs_is_replaced_and_leaves_its_stacks_in_the_log(tmp_path):
+def test_f_r11_a_worker_that_hangs_is_replaced_and_leaves_its_stacks_in_the_log(tmp_path):
     options = "--step-timeout-seconds=1"
     with running_service(tmp_path, options, **STEP) as service:
         start = time.monotonic()
@@ -67,7 +67,7 @@ def test_a_worker_that_hangs_is_replaced_and_leaves_its_stacks_in_the_log(tmp_pa
         assert "in _misbehave" in service.log
 
 
-def test_a_worker_that_is_stopped_from_outside_is_not_ready_once_it_gives_no_sign(tmp_path):
+def test_f_r11_a_worker_that_is_stopped_from_outside_is_not_ready_once_it_gives_no_sign(tmp_path):
     with running_service(tmp_path) as service:
         worker = service.worker()
         worker.suspend()

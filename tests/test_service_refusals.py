@@ -8,7 +8,7 @@ RUNNING = 'gemma_num_requests_running{op="generate"}'
 TOKENS = 'gemma_generation_tokens_total{adapter="base"}'
 
 
-def test_twenty_refusals_come_back_while_one_step_runs(tmp_path):
+def test_f_r10_twenty_refusals_come_back_while_one_step_runs(tmp_path):
     options = ("--slots=1", "--queue-requests=1")
     # A step takes longer than this test: it is stopped in the middle of the first one.
     with (

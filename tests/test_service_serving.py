@@ -348,7 +348,7 @@ def test_a_request_with_a_higher_priority_overtakes_those_that_wait(slow):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_client_that_leaves_frees_its_slots(slow, stream):
+def test_f_r12_a_client_that_leaves_frees_its_slots(slow, stream):
     left_before = slow.metric(LEFT)
     body = {"prompt": [1], "n": 2, "max_tokens": 1000, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):

@@ -159,7 +159,7 @@ def test_the_pieces_are_joined_into_one_answer():
 
 @pytest.mark.parametrize("error", errors.leaves(), ids=lambda error: error.code)
 @pytest.mark.parametrize("body", [WHOLE, STREAM], ids=["whole", "stream"])
-def test_a_refusal_has_its_own_status_also_when_streaming(error, body):
+def test_f_r9_a_refusal_has_its_own_status_also_when_streaming(error, body):
     worker = ScriptedWorker(lambda request_id: [Failed(request_id, error.code, "because")])
     response = asyncio.run(post(worker, body))
     assert response.status_code == error.status
