@@ -130,3 +130,13 @@ def test_another_seed_or_a_neighbouring_bias_would_be_noticed(service):
     changed = [{**body, "seed": 6}, {**body, "prompt": [40, 77, 92]}]
     first, *others = asyncio.run(post_all(service.url, [body, *changed], at_once=1))
     assert all(other != first for other in others)
+
+
+def test_one_unit_in_the_last_place_of_a_row_in_company_would_be_noticed(tmp_path, cache_dir):
+    engine = "--engine=tests.fakes.uneven_engine:load"
+    body = {"prompt": [40, 77, 91], "max_tokens": 40, "logprobs": 0, "ignore_eos": True}
+    bodies = [{**body, "seed": seed} for seed in range(4)]
+    with tiny_service(tmp_path, cache_dir, engine) as uneven:
+        together = asyncio.run(post_all(uneven.url, bodies, at_once=4))
+        alone = asyncio.run(post_all(uneven.url, bodies, at_once=1))
+    assert together != alone
