@@ -19,23 +19,20 @@ class PausedPrefill:
         self._engine = engine
         self._clock = clock
         self._action: Prefill | None = None
-        self._parts: Iterator[None] = iter(())
+        self._layers: Iterator[None] = iter(())
 
     def run(self, action: Prefill, chunks: Sequence[PromptChunk], until: float) -> bool:
         """Goes on with ``action``, or begins it; returns whether it is done.
 
-        Stops before a part that would last beyond ``until`` (monotonic seconds), if the parts
-        before it tell; one part is always done.
+        Stops before a layer that would last beyond ``until`` (monotonic seconds) if it takes as
+        long as those before it did on average; one is always done.
         """
         if self._action is not action:
-            self._action, self._parts = action, self._engine.prefill(chunks)
-        longest = 0.0
+            self._action, self._layers = action, self._engine.prefill(chunks)
         began = self._clock()
-        for _ in self._parts:
+        for count, _ in enumerate(self._layers, start=1):
             now = self._clock()
-            longest = max(longest, now - began)
-            began = now
-            if now + longest > until:
+            if now + (now - began) / count > until:
                 return False
         self._action = None
         return True
