@@ -82,6 +82,12 @@ class Metrics:
         self.cancelled = Counter(
             "gemma_cancelled", "Requests given up.", ("reason",), registry=registry
         )
+        self.computed_tokens = Counter(
+            "gemma_computed_tokens",
+            "Tokens that programs computed.",
+            ("work", "use"),
+            registry=registry,
+        )
         self.first_token = Histogram(
             "gemma_time_to_first_token_seconds",
             "From the request's arrival to its first token.",
@@ -156,6 +162,9 @@ class Metrics:
             histogram.labels(_OPERATION)
         for phase in ("warmup", "serving"):
             self.compilations.labels(phase)
+        for work in ("prefill", "decode"):
+            for use in ("request", "padding"):
+                self.computed_tokens.labels(work, use)
 
     def count_http(self, scope: Scope, status: int) -> None:
         """Counts one answer; what a client chose freely is counted as ``other``."""

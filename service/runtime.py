@@ -24,7 +24,14 @@ from service.api.state import Readiness, ServiceState
 from service.app import create_app
 from service.connection import connection_class
 from service.observability import Metrics
-from service.protocol.messages import Heartbeat, Load, Progress, RequestEvent, ServerInfo
+from service.protocol.messages import (
+    Heartbeat,
+    Load,
+    Progress,
+    RequestEvent,
+    ServerInfo,
+    WorkCounts,
+)
 from service.settings import Settings
 from service.startup_display import StartupDisplay
 from service.supervisor import Supervisor, WorkerState
@@ -58,6 +65,7 @@ class Service:
         self._display = display
         self._metrics = Metrics()
         self._compilations_seen = 0
+        self._work_seen = WorkCounts()
         self._heartbeat: Heartbeat | None = None
         self._is_draining = False
         self.supervisor = Supervisor(
@@ -129,16 +137,27 @@ class Service:
         self._heartbeat = heartbeat
         is_serving = self.supervisor.state is WorkerState.READY
         self._count_compilations(heartbeat.num_compilations, "serving" if is_serving else "warmup")
+        self._count_work(heartbeat.work)
 
     def on_request_event(self, event: RequestEvent) -> None:
         self._client.deliver(event)
 
     def on_lost(self, reason: str) -> None:
         self._compilations_seen = 0
+        self._work_seen = WorkCounts()
         self._heartbeat = None
         self._metrics.worker_restarts.inc()
         self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
         self._display.close()
+
+    def _count_work(self, work: WorkCounts) -> None:
+        """What is new since the last heartbeat."""
+        before, self._work_seen = self._work_seen, work
+        for kind in ("prefill", "decode"):
+            for use, suffix in (("request", ""), ("padding", "_padding")):
+                name = kind + suffix
+                new = getattr(work, name) - getattr(before, name)
+                self._metrics.computed_tokens.labels(kind, use).inc(new)
 
     def _count_compilations(self, total: int, phase: str) -> None:
         self._metrics.compilations.labels(phase).inc(max(total - self._compilations_seen, 0))

@@ -264,6 +264,15 @@ class Failed(Message, frozen=True):
     retry_after_seconds: int | None = None
 
 
+class WorkCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tokens computed since the worker started, and those that only filled up a shape."""
+
+    prefill: int = 0
+    prefill_padding: int = 0
+    decode: int = 0
+    decode_padding: int = 0
+
+
 class Heartbeat(Message, frozen=True):
     """The worker's loop, seen from another of its threads.
 
@@ -275,6 +284,7 @@ class Heartbeat(Message, frozen=True):
         num_waiting: Requests admitted and without a slot.
         num_waiting_tokens: Their prompt tokens.
         num_compilations: Programs compiled since the worker started.
+        work: Tokens computed since then.
     """
 
     turn: int
@@ -284,6 +294,7 @@ class Heartbeat(Message, frozen=True):
     num_waiting: int
     num_waiting_tokens: int
     num_compilations: int
+    work: WorkCounts = WorkCounts()
 
 
 Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Failed | Heartbeat

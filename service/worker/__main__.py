@@ -167,6 +167,7 @@ class Worker:
                 num_waiting=0 if admission is None else admission.num_waiting,
                 num_waiting_tokens=0 if admission is None else admission.num_waiting_tokens,
                 num_compilations=0 if engine is None else engine.num_compilations,
+                work=self._status.work,
             )
             self._writer.send_if_room([beat])
             time.sleep(_HEARTBEAT_SECONDS)

@@ -27,6 +27,7 @@ from service.protocol.messages import (
     FinishReason,
     Phase,
     Timings,
+    WorkCounts,
 )
 from service.worker.admission import Admission, AdmittedRequest
 from service.worker.completion import Completion
@@ -43,6 +44,7 @@ from service.worker.scheduler import (
     RowKey,
     Scheduler,
 )
+from service.worker.work_done import WorkDone
 
 Arrival = AdmittedRequest | Cancel
 # Bounds how late a deadline is noticed while nothing else happens.
@@ -62,6 +64,7 @@ class LoopStatus:
     def __init__(self) -> None:
         self.turn = 0
         self.num_running = 0
+        self.work = WorkCounts()
         self._phase: tuple[Phase, float] = ("start", time.monotonic())
 
     @property
@@ -105,6 +108,7 @@ class Loop:
         limits = PrefillLimits(info.chunk_tokens, info.packed_tokens, info.packed_prompts)
         self._scheduler = Scheduler(info.num_slots, limits, keeps_prefixes=info.keeps_prefixes)
         self._pace = pace or Pace()
+        self._work = WorkDone(info.buckets)
         self._prefill = PausedPrefill(engine)
         self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
@@ -132,6 +136,7 @@ class Loop:
         if not isinstance(action, Decode):
             self._read()
         self._do(action)
+        self._status.work = self._work.counts
         self._flush()
 
     def _do(self, action: Action) -> None:
@@ -210,6 +215,7 @@ class Loop:
         if not self._prefill.run(action, chunks, until):
             return
         self._scheduler.record_prefill(action)
+        self._work.note_prefill(sum(chunk.end - chunk.start for chunk in action.chunks))
         for chunk in action.chunks:
             completion = self._completions[chunk.row.key]
             num_blocks = chunk.end // self._engine.info.chunk_tokens
@@ -242,6 +248,7 @@ class Loop:
         began = time.monotonic()
         rows = [completion.decode_row(num_steps) for completion in completions]
         dispatch = self._engine.decode(rows, num_steps)
+        self._work.note_decode(len(rows), num_steps)
         self._read()
         self._flush()
         dispatch.wait()
