@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from model.config import Family, GemmaConfig
 from model.decode import SlotStates
@@ -30,6 +31,8 @@ from model.presets.resolve import IS_INSTRUCT, open_preset
 from model.programs import CompilationCounter, use_compile_cache
 from model.progress import Progress
 from model.rule_rows import RuleArrays
+from model.search_slots import BeamStep, CandidateStep, Choice, Extension
+from model.searches import Searches
 from model.self_test import KeysAndValues, compare_bits, read_position
 from model.self_test_record import claim_of, keep_result, kept_result
 from model.slot_blocks import KeptBlock
@@ -131,6 +134,15 @@ class GemmaEngine:
         self._rules = RuleArrays(self._config.vocabulary_size)
         self._programs: dict[str, Callable[..., Any]] = {}
         self._self_test: SelfTest | None = None
+        self._searches = Searches(
+            self._config,
+            self._weights,
+            self._traits,
+            num_slots=num_slots,
+            context_tokens=context,
+            programs=self._programs,
+            copy_blocks=self._copy_blocks,
+        )
 
     @property
     def num_compilations(self) -> int:
@@ -161,7 +173,11 @@ class GemmaEngine:
             packed_tokens=PACKED_TOKENS,
             packed_prompts=MAX_PACKED_PROMPTS,
             keeps_prefixes=self._prefixes.max_blocks > 0,
-            buckets={"decode_rows": [*rows], "prefill_tokens": [*CHUNK_BUCKETS]},
+            buckets={
+                "decode_rows": [*rows],
+                "search_rows": [*self._searches.row_buckets],
+                "prefill_tokens": [*CHUNK_BUCKETS],
+            },
             programs=tuple(self._programs),
             has_tokenizer=self.codec.bos_id is not None,
             self_test=self._self_test,
@@ -172,7 +188,7 @@ class GemmaEngine:
         programs = ProgramSet(
             self._config, self._weights, self._traits, self._states, self._rules.fillers
         )
-        todo = list(programs.specs())
+        todo = [*programs.specs(), *self._searches.program_specs(self._states.caches)]
         total = len(todo) + 1.0
         texts = {}
         for done, spec in enumerate(todo):
@@ -223,6 +239,7 @@ class GemmaEngine:
         for bucket in row_buckets(self._options.num_slots):
             num_rows = min(bucket, self._options.num_slots)
             self.decode([DecodeRow(slot, 0, rules) for slot in range(num_rows)], 1).tokens()
+        self._set_caches(self._searches.warm_up(self._states.caches))
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""
@@ -246,16 +263,21 @@ class GemmaEngine:
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
             yield
+        self._searches.note_chunks(chunks, x)
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         """Gives ``targets`` the first ``num_tokens`` positions of ``source``, in whole blocks."""
-        num_blocks = _number(-(-num_tokens // BLOCK_TOKENS))
+        num_blocks = -(-num_tokens // BLOCK_TOKENS)
         for target in targets:
-            self._set_caches(
-                self._programs["copy"](
-                    self._states.caches, _number(source), _number(target), num_blocks
-                )
-            )
+            self._set_caches(self._copy_blocks(self._states.caches, source, target, 0, num_blocks))
+
+    def _copy_blocks(
+        self, caches: list[LayerCache], source: int, target: int, first: int, end: int
+    ) -> list[LayerCache]:
+        copied: list[LayerCache] = self._programs["copy"](
+            caches, *map(_number, (source, target, first, end))
+        )
+        return copied
 
     def keep(self, slot: int, keys: Sequence[bytes]) -> None:
         """Keeps a block, unless it is there already or holds what is not finite."""
@@ -311,6 +333,37 @@ class GemmaEngine:
             )
             parts.append(DispatchPart(group, outputs))
         return DeviceDispatch(parts)
+
+    def keep_hidden(self, slot: int) -> None:
+        """Keeps the hidden states of this slot's next prompt, for a contrastive search."""
+        self._searches.keep_hidden(slot)
+
+    def drop_hidden(self, slot: int) -> None:
+        """Frees them, if there are any."""
+        self._searches.drop_hidden(slot)
+
+    def step_beams(self, step: BeamStep) -> list[Extension]:
+        """The likeliest continuations of a search's beams; see `model.search_slots`."""
+        self._check_tokens([beam.token_id for beam in step.beams])
+        caches, extensions = self._searches.step_beams(self._states.caches, step)
+        self._set_caches(caches)
+        return extensions
+
+    def step_candidates(self, step: CandidateStep) -> Choice | None:
+        """The best of a search's candidates; see `model.search_slots`."""
+        self._check_tokens(step.token_ids)
+        caches, choice = self._searches.step_candidates(self._states.caches, step)
+        self._set_caches(caches)
+        return choice
+
+    def search_rows(
+        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> Float32[np.ndarray, "rows numbers"]:
+        """Hidden state and logits of each row of a step of a search, for the self-test."""
+        found = self._searches.advance(self._states.caches, token_ids, positions, slots)
+        self._set_caches(found.caches)
+        both = (np.asarray(found.hidden), np.asarray(found.logits))
+        return np.concatenate(both, axis=1)[: len(slots)]
 
     def keys_and_values(self, slot: int, position: int) -> KeysAndValues:
         """What stands at one position of a slot, for the self-test."""

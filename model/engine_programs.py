@@ -4,8 +4,10 @@
 * ``embed[tokens]`` and ``block[tokens, positions]``: one chunk of prompts, block by block, one
   program for all layers whose cache has the same number of positions;
 * ``begin``: the tokens of a prompt into a slot;
-* ``copy``: the blocks of one slot's prompt into another slot, all layers;
+* ``copy``: blocks of one slot into another slot, all layers;
 * ``take`` and ``put``: one block of a slot, all layers, out of the caches and back.
+
+Those of searches are in `model.searches`.
 """
 
 from collections.abc import Callable, Iterator
@@ -85,7 +87,7 @@ class ProgramSet:
         number = _integers()
         tokens = (self._states.tokens, number, _integers(context))
         yield ProgramSpec("begin", write_tokens, tokens, donated=(0,))
-        yield ProgramSpec("copy", copy_slot, (caches, number, number, number), donated=(0,))
+        yield ProgramSpec("copy", copy_slot, (caches, *[number] * 4), donated=(0,))
         yield ProgramSpec("take", take_block, (caches, number, number))
         kept, _ = jax.eval_shape(take_block, caches, number, number)
         yield ProgramSpec("put", put_block, (caches, number, number, kept), donated=(0,))

@@ -2,7 +2,8 @@
 
 The programs are written so that they cannot (`model.gemma.padded_rows`, `model.gemma.attention`),
 but that rests on what XLA makes of a product on a kind of processor. So an engine is tried before
-its first request, on its own slots; what they hold afterwards is never seen. Three claims:
+its first request, on its own slots; what they hold afterwards is never seen. Three claims
+here, and two more in `model.search_self_test`:
 
 * a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
   there, and whatever else is in the chunk: tokens, padding or other prompts;
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from model.errors import SelfTestFailed
 from model.gemma.kv_cache import LayerCache
+from model.search_self_test import SearchSubject, compare_searches
 from model.slots import (
     MAX_LOGPROBS,
     DecodeRow,
@@ -56,11 +58,8 @@ KeysAndValues = Float32[np.ndarray, "arrays kv_heads head_dim"]
 
 
 @runtime_checkable
-class Subject(Protocol):
+class Subject(SearchSubject, Protocol):
     """An engine, and a look into its slots."""
-
-    @property
-    def info(self) -> EngineInfo: ...
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None: ...
 
@@ -96,6 +95,7 @@ def compare_bits(subject: Subject) -> SelfTest:
     num_held, num_positions = _compare_chunks(subject, token_ids)
     num_positions += _compare_copy(subject, num_held)
     num_rows = _compare_rows(subject, token_ids, num_held)
+    num_rows += _compare_searches(subject, token_ids, num_held)
     return SelfTest(
         row_counts=tuple(info.buckets["decode_rows"]),
         chunk_tokens=tuple(info.buckets["prefill_tokens"]),
@@ -226,6 +226,16 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
                 )
             num_compared += 1
     return num_compared
+
+
+def _compare_searches(subject: Subject, token_ids: Sequence[int], num_held: Sequence[int]) -> int:
+    """The same rows in searches; returns how many rows were compared."""
+    positions = [max(num_tokens - 1, 0) for num_tokens in num_held]
+    positions = positions[: subject.info.buckets["decode_rows"][-1]]
+    rows = [_row(subject, slot, position, token_ids) for slot, position in enumerate(positions)]
+    found = [subject.decode([row], 1).tokens()[0][0] for row in rows]
+    tokens = [(position, token_ids[position]) for position in positions]
+    return compare_searches(subject, tokens, found)
 
 
 def _row(subject: Subject, slot: int, position: int, token_ids: Sequence[int]) -> DecodeRow:

@@ -1,7 +1,8 @@
 """The prompt of one slot in another: prefilled once, held by every output that continues it.
 
-Only whole blocks are copied, and only those that the prompt reached. A ring has fewer blocks than a
-long prompt; all of them are copied then, and hold what the later positions see.
+Only whole blocks are copied, and only those that the prompt reached. A ring has fewer blocks than
+a long prompt; all of them are copied then, and hold what the later positions see. A beam that goes
+on in another slot leaves out the first blocks, which that slot holds alike.
 """
 
 import jax
@@ -16,17 +17,22 @@ def copy_slot(
     caches: list[LayerCache],
     source: Int[Array, ""],
     target: Int[Array, ""],
-    num_blocks: Int[Array, ""],
+    first_block: Int[Array, ""],
+    end_block: Int[Array, ""],
 ) -> list[LayerCache]:
-    """The caches with the first ``num_blocks`` blocks of ``source`` in ``target`` too."""
-    return [_copy_in_layer(cache, source, target, num_blocks) for cache in caches]
+    """The caches with blocks ``first_block`` to ``end_block − 1`` of ``source`` in ``target`` too.
+
+    The blocks before must be there already.
+    """
+    return [_copy_in_layer(cache, source, target, first_block, end_block) for cache in caches]
 
 
 def _copy_in_layer(
     cache: LayerCache,
     source: Int[Array, ""],
     target: Int[Array, ""],
-    num_blocks: Int[Array, ""],
+    first_block: Int[Array, ""],
+    end_block: Int[Array, ""],
 ) -> LayerCache:
     def copy_block(block: Int[Array, ""], cache: LayerCache) -> LayerCache:
         return LayerCache(
@@ -34,9 +40,12 @@ def _copy_in_layer(
             _copy_block(cache.values, source, target, block),
         )
 
-    # The number of blocks is a loop bound, so one program serves prompts of any length.
-    num_held = jnp.minimum(num_blocks, cache.num_positions // BLOCK_TOKENS)
-    copied: LayerCache = jax.lax.fori_loop(0, num_held, copy_block, cache)
+    # The blocks are loop bounds, so one program serves prompts of any length. In a ring that has
+    # gone round a block is no longer where its number says.
+    num_held = cache.num_positions // BLOCK_TOKENS
+    first = jnp.where(end_block > num_held, 0, first_block)
+    end = jnp.minimum(end_block, num_held)
+    copied: LayerCache = jax.lax.fori_loop(first, end, copy_block, cache)
     return copied
 
 

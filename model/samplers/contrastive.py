@@ -90,11 +90,12 @@ def similarity(
     index: Int[Array, ""],
 ) -> Float[Array, "batch k"]:
     """The largest cosine of each candidate with a context column before ``index``; −1 if none."""
-    cosines = jnp.einsum("bkd,btd->bkt", _direction(candidates), _direction(context))
+    cosines = jnp.einsum("bkd,btd->bkt", direction(candidates), direction(context))
     is_before = jnp.arange(context.shape[1]) < index
     return jnp.max(jnp.where(is_before[None, None, :], cosines, -1.0), axis=2)
 
 
-def _direction(x: Float[Array, "batch rows width"]) -> Float[Array, "batch rows width"]:
+def direction(x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+    """``x`` divided by its length, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), _SMALLEST_NORM)

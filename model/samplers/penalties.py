@@ -48,10 +48,17 @@ def adjust(
     penalized = jax.lax.cond(
         is_penalized, lambda: _penalized(logits, row, history, num_prompt), lambda: logits
     )
+    return add_biases(penalized, row.bias_ids, row.biases)
+
+
+def add_biases(
+    logits: Float[Array, " vocab"], bias_ids: Int[Array, " biases"], biases: Float[Array, " biases"]
+) -> Float[Array, " vocab"]:
+    """One row's logits with its biases; skipped if every id is V."""
     return jax.lax.cond(
-        jnp.any(row.bias_ids < logits.shape[0]),
-        lambda: penalized.at[row.bias_ids].add(row.biases, mode="drop"),
-        lambda: penalized,
+        jnp.any(bias_ids < logits.shape[0]),
+        lambda: logits.at[bias_ids].add(biases, mode="drop"),
+        lambda: logits,
     )
 
 
