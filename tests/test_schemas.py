@@ -1,6 +1,7 @@
 """service.api.schemas: each bound at its edge, and the forms of a prompt."""
 
 import json
+import re
 import time
 
 import pytest
@@ -24,6 +25,9 @@ def test_a_prompt_alone_gets_the_documented_defaults():
         "max_length": None,
         "echo": False,
         "min_tokens": 0,
+        "sampler": "auto",
+        "num_beams": 4,
+        "contrastive_alpha": 0.6,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -246,6 +250,65 @@ def test_prompts_times_n_is_at_most_64(num_prompts):
 def test_min_tokens_may_equal_max_tokens_but_not_pass_it():
     assert GenerateRequest(prompt="a", max_tokens=5, min_tokens=5).min_tokens == 5
     assert [found for found, _ in errors(max_tokens=5, min_tokens=6)] == [("min_tokens",)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sampler": "auto", "temperature": 0, "top_k": 3, "top_p": 0.5, "min_p": 0.1},
+        {"sampler": "greedy"},
+        {"sampler": "greedy", "temperature": 0, "presence_penalty": 1.0},
+        {"sampler": "random", "temperature": 2.0},
+        {"sampler": "top_k", "top_k": 1, "temperature": 0.1},
+        {"sampler": "top_p", "top_p": 0.9, "top_k": 40},
+        {"sampler": "beam"},
+        {"sampler": "beam", "num_beams": 2, "n": 2, "logit_bias": {"5": 1}, "temperature": 1},
+        {"sampler": "beam", "num_beams": 8, "n": 8, "top_p": 1.0},
+        {"sampler": "contrastive", "top_k": 2},
+        {"sampler": "contrastive", "top_k": 8, "contrastive_alpha": 0, "seed": 3},
+    ],
+)
+def test_a_sampler_takes_the_numbers_that_are_its_own(fields):
+    request = GenerateRequest.model_validate({"prompt": "a", **fields})
+    assert request.sampler == fields["sampler"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointer", "detail"),
+    [
+        ({"sampler": "greedy", "temperature": 0.1}, "temperature", "0 or left out"),
+        ({"sampler": "greedy", "temperature": 1.0}, "temperature", "0 or left out"),
+        ({"sampler": "greedy", "top_k": 1}, "top_k", "should be 0: the sampler greedy"),
+        ({"sampler": "random", "top_p": 0.9}, "top_p", "should be 1: the sampler random"),
+        ({"sampler": "random", "temperature": 0}, "temperature", "use the sampler greedy"),
+        ({"sampler": "top_k"}, "top_k", "at least 1"),
+        ({"sampler": "top_k", "top_k": 5, "top_p": 0.9}, "top_p", "makes no use"),
+        ({"sampler": "top_k", "top_k": 5, "temperature": 0}, "temperature", "above 0 for top_k"),
+        ({"sampler": "top_p"}, "top_p", "below 1"),
+        ({"sampler": "top_p", "top_p": 0.5, "min_p": 0.1}, "min_p", "makes no use"),
+        ({"sampler": "beam", "temperature": 0}, "temperature", "should be 1"),
+        ({"sampler": "beam", "top_k": 4}, "top_k", "makes no use"),
+        ({"sampler": "beam", "frequency_penalty": 0.1}, "frequency_penalty", "should be 0"),
+        ({"sampler": "beam", "num_beams": 3, "n": 4}, "n", "at most num_beams, 3"),
+        ({"sampler": "beam", "n": 5}, "n", "at most num_beams, 4"),
+        ({"sampler": "beam", "contrastive_alpha": 0.6}, "contrastive_alpha", "only the sampler"),
+        ({"sampler": "contrastive"}, "top_k", r"in \[2, 8\]"),
+        ({"sampler": "contrastive", "top_k": 1}, "top_k", r"in \[2, 8\]"),
+        ({"sampler": "contrastive", "top_k": 9}, "top_k", r"in \[2, 8\]"),
+        ({"sampler": "contrastive", "top_k": 4, "n": 2}, "n", "should be 1"),
+        ({"sampler": "contrastive", "top_k": 4, "temperature": 0.7}, "temperature", "no use"),
+        ({"sampler": "contrastive", "top_k": 4, "num_beams": 4}, "num_beams", "left out"),
+        ({"num_beams": 4}, "num_beams", "only the sampler beam uses it"),
+        ({"contrastive_alpha": 0.5}, "contrastive_alpha", "only the sampler contrastive"),
+        ({"sampler": "beams"}, "sampler", "'auto'"),
+        ({"sampler": "beam", "num_beams": 1}, "num_beams", "greater than or equal to 2"),
+        ({"sampler": "beam", "num_beams": 9}, "num_beams", "less than or equal to 8"),
+    ],
+)
+def test_a_sampler_with_numbers_that_contradict_it_is_refused(fields, pointer, detail):
+    [(location, message)] = errors(**fields)
+    assert location == (pointer,)
+    assert re.search(detail, message)
 
 
 def test_a_request_without_a_prompt_is_refused():

@@ -45,7 +45,15 @@ from service.errors import (
     problem,
 )
 from service.observability import GenerationMeter
-from service.protocol.messages import Finished, Generate, Piece, SamplingParameters, StopRules
+from service.protocol.messages import (
+    BeamSearch,
+    ContrastiveSearch,
+    Finished,
+    Generate,
+    Piece,
+    SamplingParameters,
+    StopRules,
+)
 from service.worker_client import Generation
 
 router = APIRouter(route_class=StrictRoute)
@@ -270,7 +278,7 @@ def _command(body: GenerateRequest, state: ServiceState) -> Generate:
         prompts=prompts,
         num_choices=body.n,
         sampling=SamplingParameters(
-            temperature=body.temperature,
+            temperature=0.0 if body.sampler == "greedy" else body.temperature,
             top_k=body.top_k,
             top_p=body.top_p,
             seed=seed,
@@ -291,7 +299,18 @@ def _command(body: GenerateRequest, state: ServiceState) -> Generate:
         num_logprobs=body.logprobs,
         echo=body.echo,
         priority=body.priority,
+        search=_search(body),
     )
+
+
+def _search(body: GenerateRequest) -> BeamSearch | ContrastiveSearch | None:
+    match body.sampler:
+        case "beam":
+            return BeamSearch(body.num_beams)
+        case "contrastive":
+            return ContrastiveSearch(body.top_k, body.contrastive_alpha)
+        case _:
+            return None
 
 
 def _seconds_allowed(body: GenerateRequest, state: ServiceState) -> float:

@@ -27,6 +27,9 @@ MAX_VOCABULARY = 1_048_576
 MAX_STOP_BYTES = 64
 MAX_BIASES = 300
 MAX_BIAS = 100
+# Beams, and candidates of contrastive search.
+MAX_SEARCH_WIDTH = 8
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _MAX_ID_DIGITS = 7
 # Far above the fields of any request: bounds the work of listing the unknown ones.
 MAX_FIELDS = 64
@@ -158,6 +161,19 @@ LogitBias = Annotated[
 ]
 
 
+SamplerName = Literal["auto", "greedy", "top_k", "top_p", "random", "beam", "contrastive"]
+# What a request may leave as it is, and a sampler of another name makes no use of.
+_UNUSED_BY = {
+    "auto": (),
+    "greedy": ("top_k", "top_p", "min_p"),
+    "top_k": ("top_p", "min_p"),
+    "top_p": ("min_p",),
+    "random": ("top_k", "top_p", "min_p"),
+    "beam": ("temperature", "top_k", "top_p", "min_p", *_PENALTIES),
+    "contrastive": ("temperature", "top_p", "min_p", *_PENALTIES),
+}
+
+
 class GenerateRequest(_Model):
     """One or more prompts and how to continue them."""
 
@@ -183,6 +199,26 @@ class GenerateRequest(_Model):
         ge=0,
         le=MAX_TOKENS,
         description="Fewest tokens of a completion before it may stop; at most `max_tokens`.",
+    )
+    sampler: SamplerName = Field(
+        "auto",
+        description="How tokens are chosen; `auto`: as the numbers below say. Any other name takes "
+        "only the numbers that are its own: `greedy` none, `random` the temperature, `top_k` and "
+        "`top_p` theirs too, `beam` and `contrastive` those of the next two fields.",
+    )
+    num_beams: int = Field(
+        4,
+        ge=2,
+        le=MAX_SEARCH_WIDTH,
+        description="Continuations that beam search follows side by side, each in a slot. It "
+        "returns the `n` likeliest, best first.",
+    )
+    contrastive_alpha: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="Contrastive search: weight of what repeats the context least against what is "
+        "likeliest, among `top_k` candidates, 2 to 8.",
     )
     temperature: float = Field(
         1.0, ge=0, le=5, description="Divides the logits before drawing; 0 is greedy."
@@ -279,7 +315,37 @@ class GenerateRequest(_Model):
             raise _refusal(("min_tokens",), f"should be at most max_tokens, {self.max_tokens}")
         if len(self.prompts()) * self.n > MAX_COMPLETIONS:
             raise _refusal(("n",), f"times the prompts should be at most {MAX_COMPLETIONS}")
+        self._check_sampler()
         return self
+
+    def _check_sampler(self) -> None:
+        """Refuses numbers that the named sampler would contradict or make no use of."""
+        for name in _UNUSED_BY[self.sampler]:
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default:
+                detail = f"should be {default:g}: the sampler {self.sampler} makes no use of it"
+                raise _refusal((name,), detail)
+        for name, sampler in (("num_beams", "beam"), ("contrastive_alpha", "contrastive")):
+            if name in self.model_fields_set and self.sampler != sampler:
+                raise _refusal((name,), f"should be left out: only the sampler {sampler} uses it")
+        match self.sampler:
+            case "greedy" if "temperature" in self.model_fields_set and self.temperature > 0:
+                raise _refusal(("temperature",), "should be 0 or left out: greedy draws nothing")
+            case "top_k" | "top_p" | "random" if self.temperature == 0:
+                detail = f"should be above 0 for {self.sampler}; for 0, use the sampler greedy"
+                raise _refusal(("temperature",), detail)
+        match self.sampler:
+            case "top_k" if self.top_k < 1:
+                raise _refusal(("top_k",), "should be at least 1 for the sampler top_k")
+            case "top_p" if self.top_p >= 1:
+                raise _refusal(("top_p",), "should be below 1 for the sampler top_p")
+            case "contrastive" if not 2 <= self.top_k <= MAX_SEARCH_WIDTH:
+                detail = f"should be in [2, {MAX_SEARCH_WIDTH}]: the candidates of contrastive"
+                raise _refusal(("top_k",), detail)
+            case "contrastive" if self.n > 1:
+                raise _refusal(("n",), "should be 1: contrastive search has one result")
+            case "beam" if self.n > self.num_beams:
+                raise _refusal(("n",), f"should be at most num_beams, {self.num_beams}")
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, whichever of its four forms ``prompt`` has."""

@@ -57,6 +57,19 @@ class StopRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_length: int | None = None
 
 
+class BeamSearch(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The likeliest continuations as a whole; choice k is the k-th best."""
+
+    num_beams: int
+
+
+class ContrastiveSearch(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Of the likeliest tokens, the one that repeats the context least."""
+
+    num_candidates: int
+    alpha: float
+
+
 # --- commands ---------------------------------------------------------------------------------
 
 
@@ -99,6 +112,7 @@ class Generate(Message, frozen=True):
         num_logprobs: None, or alternatives per token.
         echo: Whether the text of each output begins with its prompt.
         priority: Higher ones get a slot first.
+        search: How tokens are searched for, in place of ``sampling``.
     """
 
     request_id: str
@@ -112,6 +126,7 @@ class Generate(Message, frozen=True):
     num_logprobs: int | None
     echo: bool = False
     priority: int = 0
+    search: BeamSearch | ContrastiveSearch | None = None
 
 
 class Cancel(Message, frozen=True):
