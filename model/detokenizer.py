@@ -10,6 +10,7 @@ The pieces, joined, are the whole text; that is the only way the whole text is e
 """
 
 import codecs
+import copy
 from collections.abc import Callable, Sequence
 
 
@@ -34,6 +35,13 @@ class StreamingDetokenizer:
     def holds_part_of_stop(self) -> bool:
         """Whether the text so far ends with what a stop string begins with."""
         return bool(self._held)
+
+    def fork(self) -> "StreamingDetokenizer":
+        """Another one that has taken in the same tokens."""
+        twin = copy.copy(self)
+        twin._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
 
     def add(self, token_id: int, *, may_stop: bool = True) -> str:
         """Takes one token in; returns the text that it makes safe to send.

@@ -22,8 +22,9 @@ Only the standard library is imported here, as in `model.slots`.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from model.slots import SampledToken
+from model.slots import Engine, SampledToken
 
 # Of beams, and of candidates.
 MAX_WIDTH = 8
@@ -129,3 +130,23 @@ class Choice:
     place: int
     candidates: tuple[SampledToken, ...]
     probabilities: tuple[float, ...]
+
+
+@runtime_checkable
+class SearchEngine(Engine, Protocol):
+    """An engine that searches. ``info.num_slots`` bounds the slots of a search."""
+
+    def keep_hidden(self, slot: int) -> None:
+        """Keeps the hidden states of this slot's next prompt: all of it is prefilled after this."""
+
+    def drop_hidden(self, slot: int) -> None:
+        """Frees them, if there are any."""
+
+    def step_beams(self, step: BeamStep) -> list[Extension]:
+        """The likeliest continuations, best first, one for each slot.
+
+        None at all if the logits of a beam held NaN or infinity.
+        """
+
+    def step_candidates(self, step: CandidateStep) -> Choice | None:
+        """The best of the candidates; None if the logits of one held NaN or infinity."""

@@ -12,6 +12,8 @@ from service.worker.scheduler import (
     Row,
     RowKey,
     Scheduler,
+    Search,
+    Spread,
 )
 
 LIMITS = PrefillLimits(chunk_tokens=4)
@@ -38,7 +40,13 @@ def perform(scheduler: Scheduler) -> Action:
         scheduler.record_prefill(action)
     elif isinstance(action, Copy):
         scheduler.record_copy(action)
+    elif isinstance(action, Spread):
+        scheduler.record_spread(action)
     return action
+
+
+def search(name: str, num_slots: int, num_prefill_tokens: int = 0) -> Row:
+    return Row(RowKey(name, 0), num_prefill_tokens, num_slots=num_slots)
 
 
 def test_an_empty_scheduler_is_idle():
@@ -335,3 +343,62 @@ def test_outputs_of_a_prompt_that_was_found_get_a_copy_of_it():
     scheduler.record_look_up(first, 1)
     assert perform(scheduler) == Copy(first, (second,))
     assert scheduler.next_action() == Decode((first, second))
+
+
+def test_a_search_gets_all_its_slots_at_once_and_nobody_passes_it():
+    scheduler = Scheduler(4, LIMITS)
+    first, second, beams, late = row("a"), row("b"), search("beams", 3), row("late")
+    scheduler.submit([first, second, beams, late])
+    assert scheduler.start_waiting() == [first, second]
+    assert scheduler.num_free_slots == 2
+    scheduler.remove(first)
+    assert scheduler.start_waiting() == [beams]
+    assert len(beams.slots) == 3
+    scheduler.remove(second)
+    assert scheduler.start_waiting() == [late]
+    assert sorted((*beams.slots, *late.slots)) == [0, 1, 2, 3]
+    scheduler.remove(beams)
+    assert beams.slots == ()
+    assert scheduler.num_free_slots == 3
+
+
+def test_the_prompt_of_a_search_is_prefilled_once_and_spread_at_once():
+    scheduler = Scheduler(3, LIMITS)
+    stream, beams = row("stream"), search("beams", 2, 6)
+    scheduler.submit([stream, beams])
+    scheduler.start_waiting()
+    actions = [perform(scheduler) for _ in range(6)]
+    assert actions == [
+        chunk(beams, 0, 4),
+        Decode((stream,)),
+        chunk(beams, 4, 6),
+        Spread(beams),
+        Decode((stream,)),
+        Search(beams),
+    ]
+
+
+def test_steps_of_searches_take_turns_with_chunks_and_steps_and_each_other():
+    scheduler = Scheduler(6, LIMITS)
+    beams, other = search("beams", 2), search("other", 2)
+    stream, long = row("stream"), row("long", 40)
+    scheduler.submit([beams, other, stream, long])
+    scheduler.start_waiting()
+    kinds = [
+        action.row.key.request_id if isinstance(action, Search) else type(action).__name__
+        for action in (perform(scheduler) for _ in range(9))
+    ]
+    assert kinds == [
+        "Prefill", "Decode", "beams", "Prefill", "Decode", "other", "Prefill", "Decode", "beams",
+    ]  # fmt: skip
+
+
+def test_a_search_presses_so_that_steps_are_dispatched_one_by_one():
+    scheduler = Scheduler(3, LIMITS)
+    stream, beams = row("stream"), search("beams", 2)
+    scheduler.submit([stream])
+    scheduler.start_waiting()
+    assert not scheduler.is_pressed
+    scheduler.submit([beams])
+    scheduler.start_waiting()
+    assert scheduler.is_pressed

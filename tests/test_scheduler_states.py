@@ -4,6 +4,8 @@ Beside the scheduler stands what its actions do to the slots: which prompt each 
 far. What a slot held before it is given to a row counts as nothing.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypothesis import settings, strategies as st
@@ -19,6 +21,8 @@ from service.worker.scheduler import (
     Row,
     RowKey,
     Scheduler,
+    Search,
+    Spread,
 )
 
 MAX_PREFILL_TOKENS = 11
@@ -67,7 +71,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.running: list[Row] = []
         self.num_decoded: dict[Row, int] = {}
         self.ended: set[Row] = set()
-        self.last_turn: type | None = None
+        # Kind of turn that could be taken -> turns that others took since.
+        self.passed: dict[type, Counter[type]] = {}
+        # The search that waits longest comes first.
+        self.searching: list[Row] = []
         self.num_requests = 0
 
     @rule(
@@ -95,24 +102,59 @@ class AnyOrder(RuleBasedStateMachine):
         self.num_decoded.update(dict.fromkeys(rows, 0))
         self.scheduler.submit(rows)
 
+    @precondition(lambda self: self.num_slots > 1)
+    @rule(
+        num_prefill_tokens=st.integers(0, MAX_PREFILL_TOKENS),
+        width=st.integers(2, 5),
+        tenant=st.sampled_from("ab"),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def submit_search(
+        self, num_prefill_tokens: int, width: int, tenant: str, priority: int
+    ) -> None:
+        width = min(width, self.num_slots)
+        row = Row(
+            RowKey(str(self.num_requests), 0),
+            num_prefill_tokens,
+            tenant=tenant,
+            priority=priority,
+            cost_tokens=width * (num_prefill_tokens + 1),
+            num_slots=width,
+        )
+        self.num_requests += 1
+        self.rows.append(row)
+        self.waiting.append(row)
+        self.num_decoded[row] = 0
+        self.scheduler.submit([row])
+
     @rule()
     def start(self) -> None:
         started = self.scheduler.start_waiting()
-        num_free = self.num_slots - len(self.running)
-        assert len(started) == min(num_free, len(self.waiting)), "a slot stays empty"
         for row in started:
-            assert row.slot is not None
-            self.contents[row.slot] = None
+            assert len(row.slots) == row.num_slots, "all or none"
+            for slot in row.slots:
+                self.contents[slot] = None
             assert row.priority == max(other.priority for other in self.waiting)
             queue = [other for other in self.waiting if line_of(other) == line_of(row)]
             assert row is queue[0], "within a tenant, first come, first served"
             self.waiting.remove(row)
         self.running += started
+        num_free = self.num_slots - sum(len(row.slots) for row in self.running)
+        highest = [row for row in self.waiting if row.priority == self.waiting_priority()]
+        firsts = {line_of(row): row for row in reversed(highest)}.values()
+        assert not firsts or num_free < max(row.num_slots for row in firsts), "slots stay empty"
+
+    def waiting_priority(self) -> int:
+        return max((row.priority for row in self.waiting), default=0)
 
     @rule(num_found=st.integers(0, 3), is_part=st.booleans())
     def act(self, num_found: int = 0, is_part: bool = False) -> None:
         unfilled = [row for row in self.running if not self.holds_its_prompt(row)]
         filled = [row for row in self.running if self.holds_its_prompt(row)]
+        searching = [row for row in filled if row.is_search]
+        filled = [row for row in filled if not row.is_search]
+        new = [row for row in searching if row not in self.searching]
+        self.searching = new + [row for row in self.searching if row in searching]
         action = self.scheduler.next_action()
         match action:
             case LookUp(row):
@@ -125,7 +167,6 @@ class AnyOrder(RuleBasedStateMachine):
                     self.fill(row, num_found * self.chunk_tokens)
                 self.scheduler.record_look_up(row, num_found)
             case Prefill(chunks):
-                assert not (filled and self.last_turn is Prefill), "decoding rows starve"
                 if self.begun is None:
                     assert chunks[0].row is unfilled[0], "the oldest prompt comes first"
                     self.check_chunks(action)
@@ -150,14 +191,38 @@ class AnyOrder(RuleBasedStateMachine):
             case Decode(rows):
                 assert list(rows) == filled, "all rows that can decode do, and no other"
                 assert rows, "a step of nobody"
-                assert not (unfilled and self.last_turn is Decode), "prompts starve"
                 assert self.sources() == [], "a prompt is lost that others could have had"
                 for row in rows:
                     self.decode(row)
+            case Spread(row):
+                assert row.is_search
+                assert row in unfilled
+                assert self.content(row) == Content(prompt_of(row), row.num_prefill_tokens)
+                self.fill(row, row.num_prefill_tokens, row.slots)
+                self.scheduler.record_spread(action)
+            case Search(row):
+                assert row is self.searching[0], "another search waits longer"
+                self.searching.append(self.searching.pop(0))
+                self.decode(row)
             case Idle():
                 assert self.running == []
-        if not isinstance(action, Copy | LookUp):
-            self.last_turn = type(action)
+        if not isinstance(action, LookUp | Copy | Spread | Idle):
+            due = {Prefill: unfilled, Decode: filled, Search: searching}
+            self.note_turn(type(action), {kind for kind, rows in due.items() if rows})
+
+    def note_turn(self, taken: type, due: set[type]) -> None:
+        """Nobody waits for more than one turn of another kind."""
+        assert taken in due
+        self.passed = {kind: self.passed.get(kind, Counter()) for kind in due - {taken}}
+        for turns in self.passed.values():
+            turns[taken] += 1
+            assert turns[taken] == 1, f"{taken.__name__} twice while another kind waits"
+
+    @rule(count=st.integers(2, 9))
+    def act_on_and_on(self, count: int) -> None:
+        self.start()
+        for _ in range(count):
+            self.act()
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -190,19 +255,20 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_neither_shared_nor_leaked(self) -> None:
-        held = [row.slot for row in self.running]
+        held = [slot for row in self.running for slot in row.slots]
         assert len(set(held)) == len(held)
         assert set(held) <= set(range(self.num_slots))
         assert self.scheduler.num_free_slots == self.num_slots - len(held)
-        assert all(row.slot is None for row in self.rows if row not in self.running)
+        assert all(row.slots == () for row in self.rows if row not in self.running)
+        assert all(len(row.slots) == row.num_slots for row in self.running)
 
     def teardown(self) -> None:
         """What is left decodes, one row after another, and gives every slot back."""
         if not self.rows:
             return
-        # A row needs at most 11 chunks, each followed by at most one step, a look-up, a copy, and a
-        # last step.
-        for _ in range((2 * MAX_PREFILL_TOKENS + 3) * len(self.rows)):
+        # A row needs at most 11 chunks, each followed by at most a step and one of a search, then a
+        # look-up, a copy, and a last step.
+        for _ in range((3 * MAX_PREFILL_TOKENS + 4) * len(self.rows)):
             self.start()
             self.act()
             for row in [row for row in self.running if self.num_decoded[row]]:
@@ -233,17 +299,18 @@ class AnyOrder(RuleBasedStateMachine):
             prompts = {prompt_of(chunk.row) for chunk in action.chunks}
             assert len(prompts) == len(action.chunks), "a prompt is prefilled twice"
 
-    def fill(self, row: Row, num_tokens: int) -> None:
-        assert row.slot is not None
-        self.contents[row.slot] = Content(prompt_of(row), num_tokens)
+    def fill(self, row: Row, num_tokens: int, slots: Sequence[int] = ()) -> None:
+        for slot in slots or row.slots[:1]:
+            self.contents[slot] = Content(prompt_of(row), num_tokens)
 
     def decode(self, row: Row) -> None:
         """Takes for granted that it holds its prompt; a prompt of one token has nothing to hold."""
-        assert row.slot is not None
+        assert row.slots
         self.num_decoded[row] += 1
-        self.contents[row.slot] = Content(
-            prompt_of(row), row.num_prefill_tokens, self.num_decoded[row]
-        )
+        for slot in row.slots:
+            self.contents[slot] = Content(
+                prompt_of(row), row.num_prefill_tokens, self.num_decoded[row]
+            )
 
     def end(self, row: Row) -> None:
         self.scheduler.remove(row)
@@ -262,7 +329,7 @@ class AnyOrder(RuleBasedStateMachine):
         if row.num_prefill_tokens == 0 and self.num_decoded[row] == 0:
             return True
         whole = Content(prompt_of(row), row.num_prefill_tokens, self.num_decoded[row])
-        return self.content(row) == whole
+        return all(self.contents[slot] == whole for slot in row.slots)
 
     def sources(self) -> list[Row]:
         """Rows that others with the same prompt, but without it in their slots, can copy from."""
@@ -272,7 +339,9 @@ class AnyOrder(RuleBasedStateMachine):
         ]
 
     def can_be_copied(self, row: Row) -> bool:
-        return self.content(row) == Content(prompt_of(row), row.num_prefill_tokens)
+        return not row.is_search and self.content(row) == Content(
+            prompt_of(row), row.num_prefill_tokens
+        )
 
 
 AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,5 +1,6 @@
 """One output on its way: which token comes next, when it ends, and what may be sent of it."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,16 @@ class Completion:
         position = len(self.prompt) - 1 + self._num_steps
         self._num_steps = min(self._num_steps + num_steps, self._stop.max_tokens)
         return DecodeRow(self.row.slot, position, self._rules)
+
+    def banned_ids(self, num_tokens: int) -> tuple[int, ...]:
+        """What must not come behind ``num_tokens`` tokens: an end that is too early."""
+        return () if num_tokens >= self._stop.min_tokens else self._rules.stop_ids
+
+    def fork(self) -> "Completion":
+        """Another output with the same tokens, which may get others from here on."""
+        twin = copy.copy(self)
+        twin._detokenizer = self._detokenizer.fork()
+        return twin
 
     def take(self, tokens: Sequence[SampledToken]) -> Step:
         """Adds sampled tokens, up to the one that ends the output; those behind it never were."""

@@ -18,6 +18,15 @@ Outputs of one request that continue the same prompt share its prefill: the firs
 prefills, and what it wrote is copied to the others that have a slot by then, before it decodes. A
 later one prefills for itself, as decoding may have overwritten part of the prompt. Should the first
 one leave before, the next one begins anew.
+
+A search is a row with several slots. It gets them together, so it may have to wait at the head of
+the line, and what comes behind it waits too. Its prompt is prefilled once and spread over its slots
+at once. From then on every step is a dispatch of its own::
+
+    submit -> waiting -> (slots) looking up -> prefilling -> spread -> searching -> remove
+
+Parts of chunks, decode steps and steps of searches take turns, and so do several searches among
+themselves: nobody waits for more than one turn of another kind.
 """
 
 from collections import deque
@@ -49,6 +58,10 @@ class Row:
         slot: Set while the row has one.
         num_prefilled: Of `num_prefill_tokens`.
         is_looked_up: Whether its leading chunks need not be looked for any more.
+        num_slots: That it needs; more than one for a search.
+        more_slots: Of a search, beside ``slot``.
+        is_spread: Whether all slots of a search hold its prompt.
+        newest_turn: Of a search, among the steps of all of them.
     """
 
     key: RowKey
@@ -60,6 +73,19 @@ class Row:
     slot: int | None = None
     num_prefilled: int = 0
     is_looked_up: bool = False
+    num_slots: int = 1
+    more_slots: tuple[int, ...] = ()
+    is_spread: bool = False
+    newest_turn: int = 0
+
+    @property
+    def is_search(self) -> bool:
+        return self.num_slots > 1
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """All that it has now."""
+        return () if self.slot is None else (self.slot, *self.more_slots)
 
     @property
     def is_prefilled(self) -> bool:
@@ -103,6 +129,20 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Give all slots of a search what was prefilled in its first one."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One step of this search."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
 class Decode:
     """One decode step of these rows."""
 
@@ -114,7 +154,7 @@ class Idle:
     """Nothing to do until something is submitted."""
 
 
-Action = LookUp | Prefill | Copy | Decode | Idle
+Action = LookUp | Prefill | Copy | Spread | Decode | Search | Idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +170,14 @@ class PrefillLimits:
     chunk_tokens: int
     packed_tokens: int = 0
     packed_prompts: int = 1
+
+
+# Who is next, after whose turn.
+_TURNS_AFTER: dict[type, tuple[type, ...]] = {
+    Prefill: (Decode, Search, Prefill),
+    Decode: (Search, Prefill, Decode),
+    Search: (Prefill, Decode, Search),
+}
 
 
 class Scheduler:
@@ -149,7 +197,9 @@ class Scheduler:
         self._free_slots = deque(range(num_slots))
         self._waiting: WaitingLine[Row] = WaitingLine()
         self._running: list[Row] = []
-        self._prefilled_last = False
+        # Whose turn it was: of chunks, steps or searches.
+        self._last_turn: type[Prefill | Decode | Search] = Search
+        self._num_search_turns = 0
         # Begun and not recorded yet.
         self._chunks: Prefill | None = None
         # Rows whose slot holds their prompt and nothing decoded yet.
@@ -161,8 +211,9 @@ class Scheduler:
 
     @property
     def is_pressed(self) -> bool:
-        """Whether anything waits for a slot or for its prefill."""
-        return bool(self._waiting) or any(not row.is_prefilled for row in self._running)
+        """Whether anything waits for a slot, for its prefill or for the turn of its search."""
+        waits = (row.is_search or not row.is_prefilled for row in self._running)
+        return bool(self._waiting) or any(waits)
 
     @property
     def num_decoding(self) -> int:
@@ -174,11 +225,17 @@ class Scheduler:
         self._waiting.add(rows)
 
     def start_waiting(self) -> list[Row]:
-        """Gives free slots to the rows that are next; returns those that got one."""
+        """Gives free slots to the rows that are next; returns those that got theirs.
+
+        A search takes all of its slots or none, and nobody behind it passes it.
+        """
         started = []
-        while self._waiting and self._free_slots:
-            row = self._waiting.pop()
-            row.slot = self._free_slots.popleft()
+        while row := self._waiting.peek():
+            if row.num_slots > len(self._free_slots):
+                break
+            self._waiting.pop()
+            row.slot, *more = (self._free_slots.popleft() for _ in range(row.num_slots))
+            row.more_slots = tuple(more)
             row.is_looked_up = not (
                 self._keeps_prefixes and row.num_prefill_tokens >= self._limits.chunk_tokens
             )
@@ -191,14 +248,20 @@ class Scheduler:
         if copy := self._due_copy():
             return copy
         prefilling = [row for row in self._running if not row.is_prefilled]
-        decoding = tuple(row for row in self._running if row.is_prefilled)
-        if prefilling and not (decoding and self._prefilled_last):
+        decoding = tuple(row for row in self._running if row.is_prefilled and not row.is_search)
+        searching = [row for row in self._running if row.is_prefilled and row.is_search]
+        rows = {Prefill: prefilling, Decode: decoding, Search: searching}
+        turn = next((kind for kind in _TURNS_AFTER[self._last_turn] if rows[kind]), None)
+        if turn is Prefill:
             if self._chunks is None and not prefilling[0].is_looked_up:
                 return LookUp(prefilling[0])
-            self._prefilled_last = True
+            self._last_turn = Prefill
             self._chunks = self._chunks or self._next_chunks(prefilling)
             return self._chunks
-        self._prefilled_last = False
+        if turn is Search:
+            self._last_turn = Search
+            return self._next_search(searching)
+        self._last_turn = Decode
         self._copy_sources = []
         return Decode(decoding) if decoding else Idle()
 
@@ -222,6 +285,10 @@ class Scheduler:
         for row in action.targets:
             row.num_prefilled = row.num_prefill_tokens
 
+    def record_spread(self, action: Spread) -> None:
+        """The prompt is in every slot of the search."""
+        action.row.is_spread = True
+
     def remove(self, row: Row) -> None:
         """The row ended, wherever it stood; its slot is free. May be called twice."""
         if row in self._copy_sources:
@@ -230,8 +297,8 @@ class Scheduler:
             self._chunks = None
         if row.slot is not None:
             self._running.remove(row)
-            self._free_slots.append(row.slot)
-            row.slot = None
+            self._free_slots.extend(row.slots)
+            row.slot, row.more_slots = None, ()
         else:
             self._waiting.remove(row)
 
@@ -257,9 +324,18 @@ class Scheduler:
         start = row.num_prefilled
         return Chunk(row, start, min(start + self._limits.chunk_tokens, row.num_prefill_tokens))
 
-    def _due_copy(self) -> Copy | None:
+    def _next_search(self, searching: list[Row]) -> Search:
+        """The search that waits longest; one that is new is next."""
+        row = min(searching, key=lambda row: row.newest_turn)
+        self._num_search_turns += 1
+        row.newest_turn = self._num_search_turns
+        return Search(row)
+
+    def _due_copy(self) -> Copy | Spread | None:
         """A copy is short, so it takes no turn of chunks and steps: it happens at once."""
         for source in self._copy_sources:
+            if source.is_search and not source.is_spread:
+                return Spread(source)
             targets = tuple(
                 row
                 for row in self._running
