@@ -21,10 +21,12 @@ hidden states::
 Only the standard library is imported here, as in `model.slots`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from model.slots import Engine, SampledToken
+from model.progress import Progress
+from model.slots import Engine, EngineOptions, SampledToken
 
 # Of beams, and of candidates.
 MAX_WIDTH = 8
@@ -150,3 +152,6 @@ class SearchEngine(Engine, Protocol):
 
     def step_candidates(self, step: CandidateStep) -> Choice | None:
         """The best of the candidates; None if the logits of one held NaN or infinity."""
+
+
+SearchEngineLoader = Callable[[EngineOptions, Progress], SearchEngine]

@@ -62,12 +62,22 @@ class BeamSearch(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
 
     num_beams: int
 
+    @property
+    def width(self) -> int:
+        """Slots that it takes."""
+        return self.num_beams
+
 
 class ContrastiveSearch(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Of the likeliest tokens, the one that repeats the context least."""
 
     num_candidates: int
     alpha: float
+
+    @property
+    def width(self) -> int:
+        """Slots that it takes."""
+        return self.num_candidates
 
 
 # --- commands ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import threading
 import time
 
 from model.errors import ModelError, PresetError, SelfTestFailed
-from model.slots import Engine, EngineLoader
+from model.search_slots import SearchEngine, SearchEngineLoader
 from service.logs import log_to_stderr
 from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
@@ -57,7 +57,7 @@ class Worker:
         self._status = LoopStatus()
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._admission: Admission | None = None
-        self._engine: Engine | None = None
+        self._engine: SearchEngine | None = None
         self._last_progress: tuple[str, float] = ("", 0.0)
 
     def run(self) -> int:
@@ -94,9 +94,9 @@ class Worker:
             raise ProtocolError("The first command must be Load.")
         return commands[0]
 
-    def _load(self, load: Load) -> Engine:
+    def _load(self, load: Load) -> SearchEngine:
         module, _, function = load.engine.partition(":")
-        loader: EngineLoader = getattr(importlib.import_module(module), function)
+        loader: SearchEngineLoader = getattr(importlib.import_module(module), function)
         return loader(translate.engine_options(load), self._progress)
 
     def _progress(self, phase: str, done: float, total: float) -> None:

@@ -6,16 +6,27 @@ the step that runs meanwhile.
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from model.search_slots import SearchRules
 from model.slots import EngineInfo, TextCodec
-from service.protocol.messages import Accepted, Failed, Generate, StopRules
+from service.protocol.messages import (
+    Accepted,
+    BeamSearch,
+    ContrastiveSearch,
+    Failed,
+    Generate,
+    OutputEnd,
+    StopRules,
+)
 from service.worker.completion import Completion
 from service.worker.drain_rate import DrainRate
 from service.worker.prefix_keys import PrefixKeys
 from service.worker.scheduler import Row, RowKey
+from service.worker.search import BeamRun, ContrastiveRun, SearchRun
 from service.worker.translate import sampling_of_output
 
 
@@ -26,7 +37,8 @@ class AdmittedRequest:
     Attributes:
         request_id: Chosen by the API process.
         deadline: Monotonic seconds.
-        completions: One per output, in order.
+        completions: One per output, in order; none if the outputs are searched for.
+        searches: One per prompt, in order, if they are.
         admitted_at: Monotonic seconds.
         started_at: When its first output got a slot.
         first_token_at: When its first token was drawn.
@@ -36,10 +48,36 @@ class AdmittedRequest:
     request_id: str
     deadline: float
     completions: list[Completion]
+    searches: list[SearchRun]
     admitted_at: float
     started_at: float | None = None
     first_token_at: float | None = None
     num_cached_tokens: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All places that it takes in the scheduler."""
+        rows = [completion.row for completion in self.completions]
+        return rows + [search.row for search in self.searches]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there is something to give if it is cut."""
+        return self.first_token_at is not None or any(each.has_tokens for each in self.searches)
+
+    @property
+    def ends(self) -> tuple[OutputEnd, ...] | None:
+        """How each output ended; None while one goes on."""
+        ends: list[OutputEnd] = []
+        for completion in self.completions:
+            if completion.end is None:
+                return None
+            ends.append(completion.end)
+        for search in self.searches:
+            if search.ends is None:
+                return None
+            ends.extend(search.ends)
+        return tuple(ends)
 
     def note_cached(self, row: Row) -> None:
         """So far ``row`` holds only what an earlier prompt left."""
@@ -100,18 +138,26 @@ class Admission:
         ]
         self._check_stop_strings(command)
         self._check_ids(command)
+        self._check_search(command)
         stops = [
             self._stop_rules(command, index, len(prompt)) for index, prompt in enumerate(prompts)
         ]
         keys = [self._keys(command, prompt) for prompt in prompts]
+        # A search has the place of its prompt's first output.
+        num_outputs = command.num_choices if command.search is None else 1
         completions = [
-            self._completion(command, output, prompts, stops, keys)
-            for output in range(len(prompts) * command.num_choices)
+            self._completion(command, index * command.num_choices + choice, prompts, stops, keys)
+            for index in range(len(prompts))
+            for choice in range(num_outputs)
         ]
-        self._reserve(command, completions)
+        searches: list[SearchRun] = []
+        if command.search is not None:
+            searches = [self._search(command, command.search, each) for each in completions]
+            completions = []
         request = AdmittedRequest(
-            command.request_id, command.deadline, completions, time.monotonic()
+            command.request_id, command.deadline, completions, searches, time.monotonic()
         )
+        self._reserve(command, request.rows)
         return request, Accepted(command.request_id, tuple(len(prompt) for prompt in prompts))
 
     def started(self, key: RowKey) -> None:
@@ -156,6 +202,17 @@ class Admission:
             if token_id >= vocab:
                 detail = f"A token id must be in [0, {vocab})."
                 raise _refusal(command, "invalid_field", detail, f"/logit_bias/{token_id}")
+
+    def _check_search(self, command: Generate) -> None:
+        """A search takes all its slots together, so there must be as many."""
+        if command.search is None or command.search.width <= self._info.num_slots:
+            return
+        if self._info.num_slots < 2:
+            detail = "This service has one slot; a search needs two or more."
+            raise _refusal(command, "invalid_field", detail, "/sampler")
+        pointer = "/num_beams" if isinstance(command.search, BeamSearch) else "/top_k"
+        detail = f"Must be at most {self._info.num_slots}, the slots of this service."
+        raise _refusal(command, "invalid_field", detail, pointer)
 
     def _check_vocabulary(self, command: Generate, ids: tuple[int, ...], pointer: str) -> None:
         vocab = self._info.vocabulary_size
@@ -224,12 +281,24 @@ class Admission:
 
     def _keys(self, command: Generate, prompt: tuple[int, ...]) -> tuple[bytes, ...]:
         """Of the whole blocks of a prompt, if the engine keeps any."""
-        if not self._info.keeps_prefixes:
+        # Of what is only looked up, contrastive search would miss the hidden states.
+        if not self._info.keeps_prefixes or isinstance(command.search, ContrastiveSearch):
             return ()
         return self._prefix_keys.of(command.tenant, command.adapter, prompt)
 
-    def _reserve(self, command: Generate, completions: list[Completion]) -> None:
-        tokens = {completion.row.key.output: len(completion.prompt) for completion in completions}
+    @staticmethod
+    def _search(
+        command: Generate, search: BeamSearch | ContrastiveSearch, completion: Completion
+    ) -> SearchRun:
+        """Of the prompt that ``completion`` would continue."""
+        completion.row.num_slots = search.width
+        rules = SearchRules((), command.sampling.logit_bias, command.num_logprobs)
+        if isinstance(search, BeamSearch):
+            return BeamRun(completion, command.num_choices, rules)
+        return ContrastiveRun(completion, search.alpha, rules)
+
+    def _reserve(self, command: Generate, rows: Sequence[Row]) -> None:
+        tokens = {row.key.output: row.num_prefill_tokens + 1 for row in rows}
         with self._lock:
             waiting_tokens = sum(sum(outputs.values()) for outputs in self._waiting.values())
             num_waiting = len(self._waiting)

@@ -5,7 +5,8 @@ One turn:
 1. take in what the reader admitted and who cancelled (wait only when there is nothing to do);
 2. end what is cancelled or past its deadline;
 3. give free slots to waiting rows;
-4. do one action of the scheduler: part of a prefill chunk, a copy, or a dispatch of decode steps;
+4. do one action of the scheduler: part of a prefill chunk, a copy, a dispatch of decode steps, or a
+   step of a search;
 5. send everything that the turn made in one frame.
 
 While nothing waits, a dispatch is read after the next one has been started, so that the device does
@@ -18,7 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from model.slots import Dispatch, Engine, PromptChunk, SampledToken
+from model.search_slots import SearchEngine
+from model.slots import Dispatch, PromptChunk, SampledToken
 from service.protocol.messages import (
     Cancel,
     Event,
@@ -26,6 +28,7 @@ from service.protocol.messages import (
     Finished,
     FinishReason,
     Phase,
+    Piece,
     Timings,
     WorkCounts,
 )
@@ -41,9 +44,13 @@ from service.worker.scheduler import (
     LookUp,
     Prefill,
     PrefillLimits,
+    Row,
     RowKey,
     Scheduler,
+    Search,
+    Spread,
 )
+from service.worker.search import SearchRun
 from service.worker.work_done import WorkDone
 
 Arrival = AdmittedRequest | Cancel
@@ -92,7 +99,7 @@ class Loop:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SearchEngine,
         admission: Admission,
         arrivals: "queue.SimpleQueue[Arrival]",
         send: Callable[[list[Event]], None],
@@ -113,6 +120,7 @@ class Loop:
         self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
         self._completions: dict[RowKey, Completion] = {}
+        self._searches: dict[RowKey, SearchRun] = {}
         self._events: list[Event] = []
 
     def run(self) -> None:
@@ -125,7 +133,7 @@ class Loop:
         self._take_arrivals()
         self._end_expired(time.monotonic())
         for row in self._scheduler.start_waiting():
-            self._start(self._completions[row.key])
+            self._start(row)
         action = self._scheduler.next_action()
         # Not by what admission counts: it also counts what has not been taken in yet.
         self._status.num_running = sum(
@@ -147,8 +155,12 @@ class Loop:
                 self._go_on_prefilling(action)
             case Copy():
                 self._copy(action)
+            case Spread():
+                self._spread(action)
             case Decode():
                 self._decode(action)
+            case Search():
+                self._search(action)
             case Idle():
                 pass
 
@@ -172,7 +184,9 @@ class Loop:
         self._requests[arrival.request_id] = arrival
         for completion in arrival.completions:
             self._completions[completion.row.key] = completion
-        self._scheduler.submit(completion.row for completion in arrival.completions)
+        for search in arrival.searches:
+            self._searches[search.row.key] = search
+        self._scheduler.submit(arrival.rows)
 
     def _end_expired(self, now: float) -> None:
         if not any(request.deadline <= now for request in self._requests.values()):
@@ -180,26 +194,32 @@ class Loop:
         # What was drawn in time counts.
         self._read()
         for request in [each for each in self._requests.values() if each.deadline <= now]:
-            if request.first_token_at is None:
+            if not request.has_tokens:
                 detail = "The time of the request passed before anything was generated."
                 self._fail(request, "deadline_exceeded", detail)
             else:
                 self._cut(request, "timeout")
 
-    def _start(self, completion: Completion) -> None:
-        """An output got its slot."""
-        key, slot = completion.row.key, completion.row.slot
-        assert slot is not None
-        self._admission.started(key)
-        request = self._requests[key.request_id]
+    def _start(self, row: Row) -> None:
+        """An output got its slot, or a search all of its own."""
+        assert row.slot is not None
+        self._admission.started(row.key)
+        request = self._requests[row.key.request_id]
         if request.started_at is None:
             request.started_at = time.monotonic()
-        self._engine.begin(slot, completion.prompt)
+        if search := self._searches.get(row.key):
+            search.begin(self._engine)
+        else:
+            self._engine.begin(row.slot, self._completions[row.key].prompt)
+
+    def _prompted(self, row: Row) -> Completion | SearchRun:
+        """Whoever has the prompt that this row prefills."""
+        return self._searches.get(row.key) or self._completions[row.key]
 
     def _look_up(self, action: LookUp) -> None:
-        row, completion = action.row, self._completions[action.row.key]
+        row = action.row
         assert row.slot is not None
-        num_blocks = self._engine.restore(row.slot, completion.prefix_keys)
+        num_blocks = self._engine.restore(row.slot, self._prompted(row).prefix_keys)
         self._scheduler.record_look_up(row, num_blocks)
         self._requests[row.key.request_id].note_cached(row)
 
@@ -208,7 +228,7 @@ class Loop:
         chunks = []
         for chunk in action.chunks:
             assert chunk.row.slot is not None
-            prompt = self._completions[chunk.row.key].prompt
+            prompt = self._prompted(chunk.row).prompt
             chunks.append(PromptChunk(chunk.row.slot, prompt[chunk.start : chunk.end], chunk.start))
         is_accompanied = self._scheduler.num_decoding > 0
         until = time.monotonic() + self._pace.prefill_seconds(is_accompanied=is_accompanied)
@@ -217,12 +237,12 @@ class Loop:
         self._scheduler.record_prefill(action)
         self._work.note_prefill(sum(chunk.end - chunk.start for chunk in action.chunks))
         for chunk in action.chunks:
-            completion = self._completions[chunk.row.key]
+            prefix_keys = self._prompted(chunk.row).prefix_keys
             num_blocks = chunk.end // self._engine.info.chunk_tokens
             is_whole = chunk.end - chunk.start == self._engine.info.chunk_tokens
-            if is_whole and num_blocks <= len(completion.prefix_keys):
+            if is_whole and num_blocks <= len(prefix_keys):
                 assert chunk.row.slot is not None
-                self._engine.keep(chunk.row.slot, completion.prefix_keys[:num_blocks])
+                self._engine.keep(chunk.row.slot, prefix_keys[:num_blocks])
 
     def _copy(self, action: Copy) -> None:
         slots = []
@@ -232,6 +252,29 @@ class Loop:
         source, *targets = slots
         self._engine.copy(source, targets, action.source.num_prefill_tokens)
         self._scheduler.record_copy(action)
+
+    def _spread(self, action: Spread) -> None:
+        source, *targets = action.row.slots
+        self._engine.copy(source, targets, action.row.num_prefill_tokens)
+        self._scheduler.record_spread(action)
+
+    def _search(self, action: Search) -> None:
+        search = self._searches[action.row.key]
+        request = self._requests[action.row.key.request_id]
+        pieces = search.step(self._engine)
+        if pieces is None:
+            self._fail_numerically(request)
+            return
+        self._send_found(request, pieces)
+        if search.ends is not None:
+            self._scheduler.remove(search.row)
+            search.close(self._engine)
+            self._finish_if_done(request)
+
+    def _send_found(self, request: AdmittedRequest, pieces: list[Piece]) -> None:
+        if any(piece.token_ids for piece in pieces):
+            request.first_token_at = request.first_token_at or time.monotonic()
+        self._events.extend(pieces)
 
     def _decode(self, action: Decode) -> None:
         """Starts a dispatch, reads the one before, and waits until the new one is done."""
@@ -287,20 +330,21 @@ class Loop:
                 self._scheduler.remove(completion.row)
                 return
         if len(finite) < len(tokens):
-            detail = "The model produced a value that is not a number."
-            self._fail(request, "numerical", detail)
+            self._fail_numerically(request)
 
     def _cut(self, request: AdmittedRequest, reason: FinishReason) -> None:
         """Ends every output that still runs; what was generated stands."""
         self._events.extend(
             completion.cut(reason) for completion in request.completions if completion.end is None
         )
+        for search in request.searches:
+            if search.ends is None:
+                self._send_found(request, search.cut(reason))
         self._finish_if_done(request)
 
     def _finish_if_done(self, request: AdmittedRequest) -> None:
-        ends = [completion.end for completion in request.completions]
-        outputs = tuple(end for end in ends if end is not None)
-        if len(outputs) < len(ends):
+        outputs = request.ends
+        if outputs is None:
             return
         self._forget(request)
         now = time.monotonic()
@@ -318,13 +362,18 @@ class Loop:
         self._forget(request)
         self._events.append(Failed(request.request_id, code, detail))
 
+    def _fail_numerically(self, request: AdmittedRequest) -> None:
+        self._fail(request, "numerical", "The model produced a value that is not a number.")
+
     def _forget(self, request: AdmittedRequest) -> None:
         """Gives back everything that the request holds."""
         del self._requests[request.request_id]
-        for completion in request.completions:
-            self._scheduler.remove(completion.row)
-            self._admission.started(completion.row.key)
-            del self._completions[completion.row.key]
+        for row in request.rows:
+            self._scheduler.remove(row)
+            self._admission.started(row.key)
+            self._completions.pop(row.key, None)
+            if search := self._searches.pop(row.key, None):
+                search.close(self._engine)
 
     def _flush(self) -> None:
         if self._events:

@@ -16,19 +16,19 @@ from service.worker.completion import Completion
 from service.worker.scheduler import Row
 
 
-class Search(Protocol):
+class SearchRun(Protocol):
     """What the loop knows of one."""
 
     row: Row
+    prompt: tuple[int, ...]
     # One for each output, likeliest first; None until the search has ended.
     ends: tuple[OutputEnd, ...] | None
+
+    prefix_keys: tuple[bytes, ...]
 
     @property
     def has_tokens(self) -> bool:
         """Whether a step found something, so that a cut leaves it."""
-
-    @property
-    def num_outputs(self) -> int: ...
 
     def begin(self, engine: SearchEngine) -> None:
         """The row has its slots, and its prompt comes next."""
@@ -69,7 +69,7 @@ class _Hypothesis:
         return _Hypothesis(self.completion.fork(), self.pieces)
 
     def take(self, token: SampledToken) -> "_Hypothesis":
-        return _Hypothesis(self.completion, (*self.pieces, self.completion.take(token).piece))
+        return _Hypothesis(self.completion, (*self.pieces, self.completion.take([token]).piece))
 
     def cut(self, reason: FinishReason) -> "_Hypothesis":
         """Ended, if it was not."""
@@ -79,23 +79,21 @@ class _Hypothesis:
         return _Hypothesis(self.completion, (*self.pieces, piece))
 
 
-class BeamSearch:
+class BeamRun:
     """The likeliest continuations of one prompt, followed side by side.
 
     Args:
-        row: Its place; with a slot for each beam.
-        completion: Of the prompt, with no token yet.
+        completion: Of the prompt, with no token yet; its row has a slot for each beam.
         num_choices: Outputs: the best of the beams.
         rules: But for what is banned.
     """
 
-    def __init__(
-        self, row: Row, completion: Completion, num_choices: int, rules: SearchRules
-    ) -> None:
-        self.row = row
+    def __init__(self, completion: Completion, num_choices: int, rules: SearchRules) -> None:
+        self.row = completion.row
+        self.prefix_keys = completion.prefix_keys
         self.ends: tuple[OutputEnd, ...] | None = None
-        self.num_outputs = num_choices
-        self._prompt = completion.prompt
+        self._num_outputs = num_choices
+        self.prompt = completion.prompt
         self._rules = rules
         self._num_steps = 0
         self._hypotheses = [_Hypothesis(completion, ())]
@@ -107,7 +105,7 @@ class BeamSearch:
 
     def begin(self, engine: SearchEngine) -> None:
         slots = self.row.slots
-        self._beams = [Beam(slots[0], self._prompt[-1], 0.0)]
+        self._beams = [Beam(slots[0], self.prompt[-1], 0.0)]
 
     def step(self, engine: SearchEngine) -> list[Piece] | None:
         live = next(each.completion for each in self._hypotheses if each.completion.end is None)
@@ -116,8 +114,8 @@ class BeamSearch:
             BeamStep(
                 slots=self.row.slots,
                 beams=tuple(self._beams),
-                position=len(self._prompt) - 1 + self._num_steps,
-                num_shared_tokens=len(self._prompt) - 1,
+                position=len(self.prompt) - 1 + self._num_steps,
+                num_shared_tokens=len(self.prompt) - 1,
                 rules=replace(self._rules, banned_ids=live.banned_ids(self._num_steps)),
             )
         )
@@ -136,41 +134,40 @@ class BeamSearch:
         return self._end() if all(beam.is_done for beam in self._beams) else []
 
     def cut(self, reason: FinishReason) -> list[Piece]:
-        best = self._hypotheses[: self.num_outputs]
+        best = self._hypotheses[: self._num_outputs]
         # Before the first step there is one, and it is empty.
-        best += [best[0].fork() for _ in range(self.num_outputs - len(best))]
+        best += [best[0].fork() for _ in range(self._num_outputs - len(best))]
         self._hypotheses = [each.cut(reason) for each in best]
         return self._end()
 
     def _end(self) -> list[Piece]:
-        pieces, self.ends = _outcomes(self._hypotheses[: self.num_outputs], self.row)
+        pieces, self.ends = _outcomes(self._hypotheses[: self._num_outputs], self.row)
         return pieces
 
     def close(self, engine: SearchEngine) -> None:
         pass
 
 
-class ContrastiveSearch:
+class ContrastiveRun:
     """The continuation of one prompt that repeats itself least.
 
     Args:
-        row: Its place; with a slot for each candidate.
-        completion: Of the prompt, with no token yet.
+        completion: Of the prompt, with no token yet; its row has a slot for each candidate.
         alpha: Weight of what is new.
         rules: But for what is banned.
     """
 
-    num_outputs = 1
-
-    def __init__(self, row: Row, completion: Completion, alpha: float, rules: SearchRules) -> None:
-        self.row = row
+    def __init__(self, completion: Completion, alpha: float, rules: SearchRules) -> None:
+        self.row = completion.row
+        self.prefix_keys = completion.prefix_keys
         self.ends: tuple[OutputEnd, ...] | None = None
+        self.prompt = completion.prompt
         self._hypothesis = _Hypothesis(completion, ())
         self._alpha = alpha
         self._rules = rules
         # The last prompt token, in every slot, finds the first candidates.
-        self._token_ids = (completion.prompt[-1],) * row.num_slots
-        self._probabilities = (1.0,) * row.num_slots
+        self._token_ids = (completion.prompt[-1],) * self.row.num_slots
+        self._probabilities = (1.0,) * self.row.num_slots
         self._candidates: Sequence[SampledToken] = ()
         self._num_steps = 0
         self._kept_slot: int | None = None
@@ -190,7 +187,7 @@ class ContrastiveSearch:
                 slots=self.row.slots,
                 token_ids=self._token_ids,
                 probabilities=self._probabilities,
-                position=len(completion.prompt) - 1 + self._num_steps,
+                position=len(self.prompt) - 1 + self._num_steps,
                 alpha=self._alpha,
                 # For the candidates that come of this step, one place behind those that it tries.
                 rules=replace(self._rules, banned_ids=completion.banned_ids(self._num_steps)),

@@ -28,6 +28,7 @@ from model.slots import (
     PromptChunk,
     SampledToken,
 )
+from tests.fakes.arithmetic_search import ArithmeticSearches
 
 VOCABULARY_SIZE = 1000
 BOS_ID = 0
@@ -56,7 +57,7 @@ class NumberCodec:
         return b"" if token_id in (BOS_ID, EOS_ID) else self.piece(token_id).encode()
 
 
-class ArithmeticEngine:
+class ArithmeticEngine(ArithmeticSearches):
     """See the module."""
 
     codec = NumberCodec()
@@ -68,6 +69,7 @@ class ArithmeticEngine:
         self._slots: list[list[int]] = [[] for _ in range(options.num_slots)]
         self._kept: dict[bytes, list[int]] = {}
         self._step_seconds = float(os.environ.get("ARITHMETIC_STEP_SECONDS", "0"))
+        self.hidden_slots: set[int] = set()
         self.num_compilations = 0
         self._has_prefilled_once = False
 
@@ -137,6 +139,16 @@ class ArithmeticEngine:
         drawn = [self._decode_row(row, num_steps) for row in rows]
         most = max(len(tokens) for tokens in drawn)
         return Sums(drawn, time.monotonic() + most * self._step_seconds)
+
+    def _write(self, slot: int, position: int, token_id: int) -> list[int]:
+        held = self._slots[slot]
+        held[position:] = [token_id]
+        assert len(held) == position + 1, "a token is missing from the slot"
+        _misbehave(held)
+        return held
+
+    def _is_finite(self, tokens: list[int]) -> bool:
+        return NOT_FINITE not in tokens
 
     def _decode_row(self, row: DecodeRow, num_steps: int) -> list[SampledToken]:
         drawn: list[SampledToken] = []

@@ -36,14 +36,14 @@ class ArithmeticSearches:
 
     _slots: list[list[int]]
     _step_seconds: float
-    _hidden_slots: set[int]
+    hidden_slots: set[int]
 
     def keep_hidden(self, slot: int) -> None:
-        assert slot not in self._hidden_slots, "kept twice"
-        self._hidden_slots.add(slot)
+        assert slot not in self.hidden_slots, "kept twice"
+        self.hidden_slots.add(slot)
 
     def drop_hidden(self, slot: int) -> None:
-        self._hidden_slots.discard(slot)
+        self.hidden_slots.discard(slot)
 
     def step_beams(self, step: BeamStep) -> list[Extension]:
         assert 2 <= len(step.slots) <= MAX_WIDTH
@@ -81,7 +81,7 @@ class ArithmeticSearches:
     def step_candidates(self, step: CandidateStep) -> Choice | None:
         assert 2 <= len(step.slots) <= MAX_WIDTH
         assert len(step.token_ids) == len(step.probabilities) == len(step.slots)
-        assert step.slots[0] in self._hidden_slots, "hidden states were not kept"
+        assert step.slots[0] in self.hidden_slots, "hidden states were not kept"
         time.sleep(self._step_seconds)
         written = [
             self._write(slot, step.position, token_id)
