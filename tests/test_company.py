@@ -80,7 +80,20 @@ def random_request(draw):
         body["logit_bias"] = {str(draw.randrange(512)): draw.uniform(-5, 5) for _ in range(9)}
     if draw.random() < 0.2:
         body["min_tokens"] = body["max_tokens"]
-    return body
+    return searching(body, draw) if draw.random() < 0.15 else body
+
+
+def searching(body, draw):
+    """The same request with a search in place of its draws."""
+    kept = ("prompt", "max_tokens", "min_tokens", "logprobs", "ignore_eos", "logit_bias")
+    body = {key: body[key] for key in kept if key in body}
+    if draw.random() < 0.5:
+        num_beams = draw.randint(2, 4)
+        n = draw.randint(1, num_beams)
+        return body | {"sampler": "beam", "num_beams": num_beams, "n": n}
+    alpha = draw.choice([0, 0.5, 0.9])
+    top_k = draw.randint(2, 4)
+    return body | {"sampler": "contrastive", "top_k": top_k, "contrastive_alpha": alpha, "n": 1}
 
 
 def parts(answer):

@@ -188,3 +188,18 @@ def test_logprobs_come_with_their_token_as_the_vocabulary_writes_it():
     twelve = TokenLogprob(12, " 12", (32, 49, 50), -0.5)
     eos = TokenLogprob(999, " 999", (), -2.0)
     assert step.piece.logprobs == (TokenLogprobs(chosen=twelve, top=(twelve, eos)),)
+
+
+def test_a_fork_has_the_same_past_and_a_future_of_its_own():
+    subject = completion(" 13 14", max_tokens=3)
+    assert texts(subject, 12, 13) == [" 12", ""]
+    twin = subject.fork()
+    assert texts(twin, 14) == [""]
+    assert texts(subject, 15) == [" 13 15"]
+    assert twin.end == OutputEnd("stop", " 13 14", 3)
+    assert subject.end == OutputEnd("length", None, 3)
+
+
+def test_an_end_is_banned_behind_fewer_than_min_tokens():
+    subject = completion(min_tokens=2, stop_ids=(5,))
+    assert [subject.banned_ids(count) for count in (0, 1, 2, 3)] == [(5, 999), (5, 999), (), ()]

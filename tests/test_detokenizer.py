@@ -144,3 +144,18 @@ def test_nothing_is_held_but_the_beginning_of_a_stop_string(text, stop_strings):
             return
         held = known.removeprefix(sent)
         assert held == "" or any(stop.startswith(held) for stop in stop_strings)
+
+
+@given(st.binary(max_size=12), st.binary(max_size=6), st.binary(max_size=6), st.integers(0, 12))
+def test_a_fork_goes_on_as_the_first_would_and_neither_touches_the_other(before, after, other, cut):
+    pieces = [before[:cut], before[cut:], after, other]
+    first = StreamingDetokenizer(pieces.__getitem__, ["ab", "\u00e9"])
+    for token_id in (0, 1):
+        if first.stopped_by is None:
+            first.add(token_id)
+    if first.stopped_by is not None:
+        return
+    twin, third = first.fork(), first.fork()
+    third.add(3)
+    assert first.add(2) + first.finish() == twin.add(2) + twin.finish()
+    assert first.stopped_by == twin.stopped_by

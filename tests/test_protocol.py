@@ -8,8 +8,9 @@ from typing import get_args
 import msgspec
 import pytest
 
+from model.search_slots import MAX_WIDTH
 from model.slots import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS, EngineInfo, Sampling
-from service.api.schemas import GenerateRequest, field_limits
+from service.api.schemas import MAX_SEARCH_WIDTH, GenerateRequest, field_limits
 from service.protocol import framing
 from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
@@ -268,7 +269,8 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
     api_name = {"strings": "stop", "token_ids": "stop_token_ids"}
     stop = {api_name.get(name, name) for name in StopRules.__struct_fields__}
     others = {"prompt", "n", "logprobs", "stream", "timeout_s", "echo", "priority"}
-    assert set(GenerateRequest.model_fields) == sampling | stop | others
+    searches = {"sampler", "num_beams", "contrastive_alpha"}
+    assert set(GenerateRequest.model_fields) == sampling | stop | searches | others
 
 
 def test_what_info_shows_is_what_the_engine_tells():
@@ -284,3 +286,4 @@ def test_the_api_asks_for_no_more_than_an_engine_gives():
     # The ids that stop are banned until min_tokens: the request's own, eos and end of turn.
     assert limits["stop_token_ids"]["maxItems"] + 2 <= MAX_STOP_IDS
     assert limits["logit_bias"]["maxProperties"] == MAX_BIASES
+    assert limits["num_beams"]["maximum"] == MAX_SEARCH_WIDTH == MAX_WIDTH

@@ -73,8 +73,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.ended: set[Row] = set()
         # Kind of turn that could be taken -> turns that others took since.
         self.passed: dict[type, Counter[type]] = {}
-        # The search that waits longest comes first.
-        self.searching: list[Row] = []
+        # Search -> how many steps of searches there were at its last one.
+        self.searched_at: dict[Row, int] = {}
         self.num_requests = 0
 
     @rule(
@@ -153,8 +153,6 @@ class AnyOrder(RuleBasedStateMachine):
         filled = [row for row in self.running if self.holds_its_prompt(row)]
         searching = [row for row in filled if row.is_search]
         filled = [row for row in filled if not row.is_search]
-        new = [row for row in searching if row not in self.searching]
-        self.searching = new + [row for row in self.searching if row in searching]
         action = self.scheduler.next_action()
         match action:
             case LookUp(row):
@@ -201,8 +199,9 @@ class AnyOrder(RuleBasedStateMachine):
                 self.fill(row, row.num_prefill_tokens, row.slots)
                 self.scheduler.record_spread(action)
             case Search(row):
-                assert row is self.searching[0], "another search waits longer"
-                self.searching.append(self.searching.pop(0))
+                longest = min(searching, key=lambda row: self.searched_at.get(row, 0))
+                assert row is longest, "another search waits longer"
+                self.searched_at[row] = max(self.searched_at.values(), default=0) + 1
                 self.decode(row)
             case Idle():
                 assert self.running == []

@@ -1,4 +1,5 @@
-"""The whole service on the tiny preset: searches over HTTP find what the Keras samplers find."""
+"""The whole service: searches over HTTP find what the Keras samplers find on the tiny preset, and
+what lists find on the arithmetic engine."""
 
 import asyncio
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.service_process import eventually, running_service
 from tests.test_searches import beam_sampler, by_the_library, contrastive_sampler, random_tokens
+from tests.test_worker_searches import best_beams, chosen_tokens
 
 NUM_TOKENS = 12
 
@@ -142,3 +144,18 @@ def test_a_client_that_leaves_ends_its_search(service):
         assert next(stream)["event"] == "start"
     assert eventually(lambda: service.metric(left) == before + 1)
     assert service.generate([5, 6, 7], max_tokens=1).status_code == 200
+
+
+def test_searches_of_the_arithmetic_engine_are_those_that_lists_find(tmp_path):
+    prompt = [1, 2, 3, 4, 5, 6]
+    with running_service(tmp_path) as service:
+        body = {"prompt": prompt, "max_tokens": 7}
+        beams = service.client.post("/generate", json=body | {"sampler": "beam", "n": 4})
+        found = [output["token_ids"] for output in beams.json()["outputs"]]
+        assert found == [ids for _, ids in best_beams(prompt, 4, 7)]
+        chosen = body | {"sampler": "contrastive", "top_k": 5, "contrastive_alpha": 0.5}
+        [output] = service.client.post("/generate", json=chosen).json()["outputs"]
+        assert output["token_ids"] == chosen_tokens(prompt, 5, 0.5, 7)
+        # All eight slots are free again.
+        widest = service.client.post("/generate", json=body | {"sampler": "beam", "num_beams": 8})
+        assert widest.json()["outputs"][0]["token_ids"] == best_beams(prompt, 8, 7)[0][1]
