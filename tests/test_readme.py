@@ -125,6 +125,14 @@ def test_several_prompts_and_completions_come_in_one_answer(served):
         assert all(len(token["top"]) == 3 for token in output["logprobs"])
 
 
+def test_a_beam_search_returns_its_best_beams(served):
+    outputs = json.loads(served.run(command_with('"sampler": "beam"')))["outputs"]
+    assert [output["index"] for output in outputs] == [0, 1, 2]
+    texts = [output["text"] for output in outputs]
+    assert len(set(texts)) == 3
+    assert all(0 < len(output["token_ids"]) <= 16 for output in outputs)
+
+
 def test_the_service_tells_what_it_is(served):
     answer = served.run(command_with("/info"))
     assert '"preset":"gemma3_270m"' in answer
@@ -179,6 +187,7 @@ def test_no_command_of_the_readme_is_left_out():
             "The capital of France",
             "Once upon a time",
             "Water boils",
+            '"sampler": "beam"',
             "/info",
             "gemma-service fetch",
             "--help",

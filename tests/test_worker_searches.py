@@ -333,3 +333,28 @@ def test_what_waits_is_counted_once_a_search():
     assert worker.admission.num_waiting_tokens == len(PROMPT)
     worker.run()
     assert worker.admission.num_waiting_tokens == 0
+
+
+def test_beams_begin_with_a_kept_prefix_and_contrastive_search_has_its_own_hidden_states():
+    prompt = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    worker = Worker(prefix_cache_bytes=1000)
+    worker.submit(generate("first", prompt))
+    worker.run()
+    worker.submit(searching("beam", BeamSearch(3), prompt))
+    worker.run()
+    assert worker.tokens("beam") == best_beams(prompt, 3, 4)[0][1]
+    assert worker.events("beam")[-1].num_cached_tokens == 8
+    worker.submit(searching("contrastive", ContrastiveSearch(3, 0.6), prompt))
+    worker.run()
+    assert worker.tokens("contrastive") == chosen_tokens(prompt, 3, 0.6, 4)
+    assert worker.events("contrastive")[-1].num_cached_tokens == 0
+
+
+def test_steps_are_dispatched_one_by_one_beside_a_search_and_together_without():
+    worker = Worker(num_steps=8)
+    worker.submit(generate("stream", (1,), max_tokens=40))
+    worker.submit(searching("a", BeamSearch(3), (2,), max_tokens=5))
+    worker.run()
+    pieces = [len(event.token_ids) for event in worker.events("stream") if isinstance(event, Piece)]
+    assert pieces[:5] == [1] * 5
+    assert max(pieces) == 8

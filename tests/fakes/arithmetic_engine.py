@@ -129,6 +129,7 @@ class ArithmeticEngine(ArithmeticSearches):
 
     def restore(self, slot: int, keys: Sequence[bytes]) -> int:
         found = list(itertools.takewhile(lambda key: key in self._kept, keys))
+        assert not (found and slot in self.hidden_slots), "hidden states would be missing"
         self._slots[slot] = [token for key in found for token in self._kept[key]]
         return len(found)
 
