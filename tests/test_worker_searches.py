@@ -358,3 +358,11 @@ def test_steps_are_dispatched_one_by_one_beside_a_search_and_together_without():
     pieces = [len(event.token_ids) for event in worker.events("stream") if isinstance(event, Piece)]
     assert pieces[:5] == [1] * 5
     assert max(pieces) == 8
+
+
+def test_a_search_costs_its_tenant_the_tokens_of_all_its_slots():
+    worker = Worker()
+    stream = worker.submit(generate("stream", PROMPT, max_tokens=5))
+    beams = worker.submit(searching("a", BeamSearch(3), PROMPT, max_tokens=5))
+    assert [row.cost_tokens for row in stream.rows] == [12]
+    assert [row.cost_tokens for row in beams.rows] == [3 * 12]

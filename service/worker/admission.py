@@ -292,6 +292,8 @@ class Admission:
     ) -> SearchRun:
         """Of the prompt that ``completion`` would continue."""
         completion.row.num_slots = search.width
+        # A step of it is one of every beam or candidate.
+        completion.row.cost_tokens *= search.width
         rules = SearchRules((), command.sampling.logit_bias, command.num_logprobs)
         if isinstance(search, BeamSearch):
             return BeamRun(completion, command.num_choices, rules)
