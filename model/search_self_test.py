@@ -59,9 +59,7 @@ def compare_searches(
     Raises:
         SelfTestFailed: Bits differ.
     """
-    programs = subject.info.buckets.get("search_rows", [])
-    if not programs:
-        return 0
+    programs = subject.info.buckets["search_rows"]
     decoded = [
         _top_bits([token]) + _held_bits(subject, slot, position)
         for slot, (token, (position, _)) in enumerate(zip(found, tokens, strict=True))

@@ -229,7 +229,9 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
 
 
 def _compare_searches(subject: Subject, token_ids: Sequence[int], num_held: Sequence[int]) -> int:
-    """The same rows in searches; returns how many rows were compared."""
+    """The same rows in searches, if there are any; returns how many rows were compared."""
+    if not subject.info.buckets.get("search_rows"):
+        return 0
     positions = [max(num_tokens - 1, 0) for num_tokens in num_held]
     positions = positions[: subject.info.buckets["decode_rows"][-1]]
     rows = [_row(subject, slot, position, token_ids) for slot, position in enumerate(positions)]
