@@ -10,7 +10,7 @@ PORT ?= 8000
 # Test files run beside each other in this many processes; 0 runs them in one.
 TEST_PROCESSES ?= 2
 
-.PHONY: help install serve test nightly check static lint openapi lock format clean
+.PHONY: help install serve test nightly bench check static lint openapi lock format clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: static ## everything CI runs: import contracts, types, tests (ARGS="-k top
 
 nightly: $(INSTALLED) ## long campaigns: answers in company against alone, compilations in a fuzz
 	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py $(ARGS)
+
+bench: $(INSTALLED) ## measure the engine beside other implementations, in 40 minutes (ARGS="--quick")
+	$(BIN)/python -m bench $(ARGS)
 
 check: lint test ## format, lint, import contracts, types, tests
 

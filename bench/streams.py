@@ -1,77 +1,129 @@
-"""A thousand streams over one API process: ``python -m bench.streams``.
-
-The model is the arithmetic engine, whose step takes as long as it is told to, so whatever the gap
-between two tokens of a stream has on top of that is ours: the loop's own work, the frame, the API
-process, the sockets and the client. Once with a slot for each stream, and once with 64, where the
-rest waits; then a gap is that of a stream that has its slot. Gaps count once all streams are open.
-Every token is checked. Prints a Markdown table.
-"""
+"""One streamed request, and what its client saw of it."""
 
 import asyncio
-import os
-import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from bench.service_process import resident_bytes, running_service
-from tests.stream_clients import allow_descriptors, bodies_of, check, gaps, stream_all
+import httpx
 
-_NUM_STREAMS = 1000
-_CASES = (
-    # Name, options, seconds of a step, tokens of a stream.
-    ("a slot for each", ("--engine=tests.fakes.many_slots_engine:load",), 0.2, 50),
-    ("64 slots", ("--engine=tests.fakes.arithmetic_engine:load", "--slots=64"), 0.1, 25),
-)
+from bench.event_stream import EventReader
 
+Outcome = Literal["done", "refused", "failed", "unfinished"]
 
-def measure(name: str, options: tuple[str, ...], step_seconds: float, max_tokens: int) -> str:
-    """One row of the table."""
-    os.environ["ARITHMETIC_STEP_SECONDS"] = str(step_seconds)
-    bodies = bodies_of(_NUM_STREAMS, max_tokens)
-    with tempfile.TemporaryDirectory() as directory:
-        folders = (f"--data-dir={directory}", f"--cache-dir={directory}", "--preset=x")
-        queue = f"--queue-requests={_NUM_STREAMS}"
-        with running_service(*options, *folders, queue) as service:
-            port = int(service.url.rpartition(":")[2])
-            cpu_before, began = _cpu_seconds(service.pid), time.perf_counter()
-            streams = asyncio.run(stream_all(port, bodies))
-            elapsed = time.perf_counter() - began
-            cpu = _cpu_seconds(service.pid) - cpu_before
-            memory = resident_bytes(service.pid, "VmHWM")
-    for events, body in zip(streams, bodies, strict=True):
-        check(events, body)
-    all_open = max(events[0].time for events in streams)
-    found = sorted(gap for events in streams for gap in gaps(events, all_open))
-    p99 = found[int(0.99 * len(found))]
-    tokens = _NUM_STREAMS * max_tokens
-    return (
-        f"| {name} | {1e3 * step_seconds:.0f} ms | {1e3 * statistics.median(found):.0f} ms "
-        f"| {1e3 * p99:.0f} ms | {p99 / step_seconds:.2f} × | {1e3 * found[-1]:.0f} ms "
-        f"| {tokens / elapsed:,.0f} | {1e6 * cpu / tokens:.0f} µs | {memory / 1e6:.0f} MB |"
-    )
+# A connection for each stream, however many there are; and no time limit but the caller's.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
-def _cpu_seconds(pid: int) -> float:
-    """Of user and system, of all threads of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A greedy request that ends after exactly ``num_new_tokens``."""
+
+    token_ids: tuple[int, ...]
+    num_new_tokens: int
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt": list(self.token_ids),
+            "max_tokens": self.num_new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
 
 
-def main() -> None:
-    allow_descriptors(_NUM_STREAMS + 200)
-    load = Path("/proc/loadavg").read_text().split()[0]
-    lines = [
-        f"load before: {load}",
-        "",
-        f"| {_NUM_STREAMS} streams | producer's gap | median gap | p99 gap | to the producer's "
-        "| longest gap | tokens/s | API process, CPU a token | its memory, peak |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(measure(*case) for case in _CASES),
-    ]
-    sys.stdout.write("\n".join(lines) + "\n")
+@dataclass(slots=True)
+class Record:
+    """What became of one request. Times are seconds since the measurement began.
+
+    Attributes:
+        num_prompt_tokens: Of the request.
+        due: When it was to be sent; what the server makes a client wait counts from here.
+        sent: When it was.
+        arrivals: Time and number of tokens of each event.
+        token_ids: All of them.
+        ended: When it was answered or given up.
+        outcome: ``unfinished`` if it was given up.
+        status: HTTP status, or 0 before there is one.
+        cached_tokens: Of the prompt, as the server says at the end.
+    """
+
+    num_prompt_tokens: int
+    due: float
+    sent: float = 0.0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    ended: float = 0.0
+    outcome: Outcome = "unfinished"
+    status: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From when the request was due; of one given up before, how long it waited."""
+        return (self.arrivals[0][0] if self.arrivals else self.ended) - self.due
 
 
-if __name__ == "__main__":
-    main()
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._zero = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._zero
+
+
+def open_client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, limits=_LIMITS, timeout=None)
+
+
+async def follow(client: httpx.AsyncClient, ask: Ask, record: Record, clock: Clock) -> Record:
+    """Sends ``ask`` and writes down in ``record`` what comes, until it ends or is cancelled."""
+    record.sent = clock.now()
+    reader = EventReader()
+    try:
+        async with client.stream("POST", "/generate", json=ask.body()) as response:
+            record.status = response.status_code
+            if response.status_code != 200:
+                record.outcome = "refused"
+                return record
+            async for piece in response.aiter_raw():
+                now = clock.now()
+                for event in reader.feed(piece):
+                    if event.name == "token":
+                        record.arrivals.append((now, len(event.data["token_ids"])))
+                        record.token_ids += event.data["token_ids"]
+                    elif event.name == "done":
+                        record.cached_tokens = event.data["usage"]["cached_tokens"]
+                        record.outcome = "done"
+                    elif event.name == "error":
+                        record.outcome = "failed"
+    except httpx.TransportError:
+        record.outcome = "failed"
+    finally:
+        record.ended = clock.now()
+    return record
+
+
+async def together(url: str, asks: Sequence[Ask]) -> list[Record]:
+    """All at once; a request that is not answered in full is an error of the measurement."""
+    clock = Clock()
+    async with open_client(url) as client:
+        records = [Record(len(ask.token_ids), 0.0) for ask in asks]
+        await asyncio.gather(
+            *(follow(client, ask, record, clock) for ask, record in zip(asks, records, strict=True))
+        )
+    for ask, record in zip(asks, records, strict=True):
+        check_whole(ask, record)
+    return records
+
+
+def check_whole(ask: Ask, record: Record) -> None:
+    """Raises unless all tokens came."""
+    if record.outcome != "done" or len(record.token_ids) != ask.num_new_tokens:
+        raise RuntimeError(
+            f"A request ended as {record.outcome} (HTTP {record.status}) with "
+            f"{len(record.token_ids)} of {ask.num_new_tokens} tokens."
+        )
