@@ -54,7 +54,7 @@ def main() -> None:
         failed = _measure(options, arguments.only, output / "engine.json")
     _write_report(options, output)
     if failed:
-        sys.exit(f"failed and not in the report: {', '.join(failed)}")
+        sys.exit(f"failed, so without new figures: {', '.join(failed)}")
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -85,6 +85,8 @@ def _call(client: httpx.Client, generator: random.Random, kind: str) -> float:
     response = client.post("/generate", json=body, timeout=_CALL_SECONDS)
     seconds = time.perf_counter() - began
     if response.status_code == 422:
-        raise _Refused("the service answered 422: " + response.json().get("detail", ""))
+        errors = response.json()["errors"]
+        reasons = ", ".join(f"{error['pointer']} {error['detail']}" for error in errors)
+        raise _Refused(f"the service answered 422: {reasons}")
     response.raise_for_status()
     return seconds

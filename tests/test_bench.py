@@ -241,7 +241,7 @@ def test_a_part_measured_again_replaces_itself_alone_and_each_part_names_its_run
     path = tmp_path / "new" / "engine.json"
     peer = {"title": "a peer", "by_streams": {"8": BLOCK}, "failure": "ended with status 1: a | b"}
     results.keep(path, "start", RUN, {"seconds": [9.0], "median": 9.0})
-    results.keep(path, "peers/a", RUN, peer)
+    results.keep(path, "peers/keras-hub", RUN, peer)
     results.keep(
         path, "start", {**RUN, "quick": True}, {"seconds": [1.5], "median": 1.5, "x": math.nan}
     )
@@ -254,11 +254,11 @@ def test_a_part_measured_again_replaces_itself_alone_and_each_part_names_its_run
         "median": 1.5,
         "x": None,
     }
-    assert parts["peers/a"]["result"] == peer
+    assert parts["peers/keras-hub"]["result"] == peer
     assert "* A: begun 2026-01-02, load 0.2 before; 2 cores of a processor, 16 GiB" in text
     assert "* B: quick, begun 2026-01-02" in text
-    assert "| a peer | 4.00 × (40.0 : 10.0) | - |" in text
-    assert "| a peer | 12.2 / - | 8 / - | ended with status 1: a / b |" in text
+    assert "| a peer | 4.00 × (40.0 : 10.0), asked 1.8 | - |" in text
+    assert "| a peer | 12.2 | 8 | ended with status 1: a / b |" in text
 
 
 def test_the_report_takes_the_place_between_the_comments_and_no_other():
