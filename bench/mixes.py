@@ -1,4 +1,8 @@
-"""What clients ask for: prompts of random token ids, the same ones for the same seed."""
+"""What clients ask for: prompts of random token ids, the same ones for the same seed.
+
+Each measurement has a generator of its own, seeded with its name as well, so that no prompt of one
+is in the prefix cache because of another.
+"""
 
 import math
 import random

@@ -19,7 +19,7 @@ _ROUNDS = 3
 
 def measure(options: RunOptions, services: Services) -> dict[str, Any]:
     """By number of streams: tokens a second of each round, gaps and first tokens of all."""
-    generator = random.Random(options.seed)
+    generator = random.Random(f"{options.seed} closed")
     by_streams = {}
     compilations = 0
     for num_streams in options.stream_counts:

@@ -37,7 +37,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 def measure(options: RunOptions, services: Services) -> dict[str, Any]:
     """Of each kind: medians of the first calls of several starts and of the later ones."""
     services.stop()
-    generator = random.Random(options.seed)
+    generator = random.Random(f"{options.seed} first")
     first: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     later: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     refused: dict[str, str] = {}

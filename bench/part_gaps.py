@@ -23,7 +23,7 @@ _TOKENS_BEFORE = 32
 def measure(options: RunOptions, services: Services) -> dict[str, Any]:
     """Of each round: the usual step, the longest gap, and the first token alone and beside."""
     url = services.for_streams(_STREAMS + 1).url
-    generator = random.Random(options.seed)
+    generator = random.Random(f"{options.seed} gaps")
     rounds = []
     for _ in range(options.rounds(_ROUNDS)):
         stage(f"a prompt of {_LONG_PROMPT_TOKENS} tokens, alone and beside {_STREAMS} streams")

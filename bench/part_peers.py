@@ -76,7 +76,7 @@ def measure(options: RunOptions, services: Services, name: str) -> dict[str, Any
                     options, url, process, num_streams
                 )
             stage(f"{peer.title}: a prompt of {_PREFILL_TOKENS} tokens, in turns with ours")
-            result["prefill"] = _prefill(options, services.for_streams(1).url, process)
+            result["prefill"] = _prefill(options, services.for_streams(1).url, process, name)
     except PeerFailed as failure:
         stage(f"{peer.title}: {failure}")
         result["failure"] = str(failure)
@@ -99,7 +99,7 @@ def _in_turns(
     options: RunOptions, url: str, process: PeerProcess, num_streams: int
 ) -> dict[str, Any]:
     """Tokens a second of both; the peer's first call at this shape is kept apart."""
-    generator = random.Random(options.seed)
+    generator = random.Random(f"{options.seed} {num_streams}")
     prompts = [prompt(generator, PROMPT_TOKENS) for _ in range(num_streams)]
     first = process.generate(prompts, NEW_TOKENS)
     ours, theirs = [], []
@@ -117,9 +117,12 @@ def _in_turns(
     }
 
 
-def _prefill(options: RunOptions, url: str, process: PeerProcess) -> dict[str, Any]:
-    """Prompt tokens a second up to the first new one; another prompt each time."""
-    generator = random.Random(options.seed)
+def _prefill(options: RunOptions, url: str, process: PeerProcess, name: str) -> dict[str, Any]:
+    """Prompt tokens a second up to the first new one.
+
+    Another prompt each time and for each peer, so that our service has none of it cached.
+    """
+    generator = random.Random(f"{options.seed} {name}")
     prompts = [[prompt(generator, _PREFILL_TOKENS)] for _ in range(options.rounds(_PREFILL_ROUNDS))]
     first = process.generate([prompt(generator, _PREFILL_TOKENS)], 1)
     pairs = [(_ours(url, one, 1), process.generate(one, 1)) for one in prompts]

@@ -18,7 +18,7 @@ _NEW_TOKENS = 4
 def measure(options: RunOptions, services: Services) -> dict[str, Any]:
     """Of each round, with a prefix of its own: both times, and what the server calls cached."""
     url = services.for_streams(1).url
-    generator = random.Random(options.seed)
+    generator = random.Random(f"{options.seed} prefix")
     stage(f"a shared prefix of {PREFIX_TOKENS} tokens")
     rounds = []
     for _ in range(options.rounds(_ROUNDS)):
