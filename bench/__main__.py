@@ -145,24 +145,32 @@ def _measure(options: RunOptions, parts: Sequence[str], path: Path) -> list[str]
 
 
 def _write_report(options: RunOptions, output: Path) -> None:
-    """Markdown and the plot, and the page if these are its figures."""
-    path = output / "engine.json"
-    parts = results.read(path)
+    """Markdown and the plot, into the page if these are its figures."""
+    parts = results.read(output / "engine.json")
     text = report(parts)
     sys.stdout.write(text)
-    if output == _DOCS:
+    is_page = output.resolve() == _DOCS.resolve()
+    if _draw(options, output, parts):
+        folder = f"{_DOCS.name}/" if is_page else ""
+        text = f"![The figures below, drawn]({folder}engine.png)\n\n{text}"
+    if is_page:
         PAGE.write_text(with_report(PAGE.read_text(), text))
     else:
         (output / "engine.md").write_text(text)
+
+
+def _draw(options: RunOptions, output: Path, parts: Iterable[str]) -> bool:
+    """Whether there is a plot of these parts now."""
     if not any(name == "open" or name.startswith(f"{_PEERS}/") for name in parts):
-        return  # nothing to draw
+        return False
     try:
         python = environment("plot", options.environments)
     except PeerFailed as failure:
         stage(f"no plot: {failure}")
-    else:
-        script = Path(__file__).parent / "plot.py"
-        subprocess.run([python, script, path, output / "engine.png"], check=True)
+        return False
+    script = Path(__file__).parent / "plot.py"
+    subprocess.run([python, script, output / "engine.json", output / "engine.png"], check=True)
+    return True
 
 
 if __name__ == "__main__":
