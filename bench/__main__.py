@@ -114,8 +114,8 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
     peers = [name for name in part_peers.PEERS if not (quick and name in _SLOW_PEERS)]
     return RunOptions(
         quick=quick,
-        rates=arguments.rates or ((1.0,) if quick else (0.5, 1.0, 2.0, 3.0)),
-        window_seconds=arguments.window_seconds or (10.0 if quick else 25.0),
+        rates=arguments.rates or ((1.0,) if quick else (0.25, 0.5, 1.0, 2.0)),
+        window_seconds=arguments.window_seconds or (10.0 if quick else 30.0),
         target=Target(arguments.first_token_seconds, arguments.median_gap_seconds),
         peers=tuple(arguments.peers or peers),
         environments=arguments.environments.absolute(),
