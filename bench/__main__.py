@@ -41,8 +41,8 @@ _PARTS: dict[str, Callable[[RunOptions, Services], dict[str, Any]]] = {
     "open": part_open.measure,
 }
 _PEERS = "peers"
-# Left out of a quick run.
-_SLOW_PEERS = {"llama-cpp-f16"}
+# Peers that a quick run leaves out.
+_ONLY_IN_FULL = {"llama-cpp-f16"}
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _options(arguments: argparse.Namespace) -> RunOptions:
     quick = arguments.quick
-    peers = [name for name in part_peers.PEERS if not (quick and name in _SLOW_PEERS)]
+    peers = [name for name in part_peers.PEERS if not (quick and name in _ONLY_IN_FULL)]
     return RunOptions(
         quick=quick,
         rates=arguments.rates or ((1.0,) if quick else (0.25, 0.5, 1.0, 2.0)),
