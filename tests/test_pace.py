@@ -30,11 +30,11 @@ def test_the_first_dispatch_is_one_step():
 def test_a_step_is_smoothed_over_about_ten():
     pace = paced(0.1)
     pace.note_steps(1, 0.2)
-    assert pace.prefill_seconds(is_accompanied=True) == pytest.approx(2 * 0.11)
+    assert pace.prefill_seconds(is_accompanied=True) == pytest.approx(1.9 * 0.11)
 
 
-def test_a_prompt_gets_two_steps_beside_streams_and_pauses_for_arrivals_alone():
-    assert paced(0.05).prefill_seconds(is_accompanied=True) == pytest.approx(0.1)
+def test_a_prompt_gets_almost_two_steps_beside_streams_and_pauses_for_arrivals_alone():
+    assert paced(0.05).prefill_seconds(is_accompanied=True) == pytest.approx(0.095)
     assert paced(0.5).prefill_seconds(is_accompanied=False) == 0.1
     assert Pace().prefill_seconds(is_accompanied=True) == 0.1
 
@@ -95,4 +95,4 @@ def test_f_r4_a_stream_waits_three_steps_at_most_while_a_long_prompt_is_prefille
         longest = max(run_parts(layers, budget)) * layer_seconds
         assert longest + step <= 3 * step
         # And the prompt gets its share: all but less than one layer.
-        assert longest > 2 * step - layer_seconds
+        assert longest > 1.9 * step - layer_seconds

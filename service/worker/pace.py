@@ -8,8 +8,9 @@ from model.slots import MAX_STEPS
 
 # A stream's tokens come at most this far apart in time because of how they are dispatched.
 _DISPATCH_SECONDS = 0.1
-# Of a step: a stream then waits three times as long as usual, and a prompt gets two thirds.
-_PREFILL_STEPS = 2.0
+# A stream then waits less than three times as long as usual, with something left for a step that
+# happens to be slow; and a prompt gets almost two thirds of the time.
+_PREFILL_STEPS = 1.9
 # Alone a prompt pauses only for those who arrive or leave.
 _PREFILL_SECONDS = 0.1
 # A step's length is smoothed over about ten.

@@ -25,14 +25,17 @@ class PausedPrefill:
         """Goes on with ``action``, or begins it; returns whether it is done.
 
         Stops before a layer that would last beyond ``until`` (monotonic seconds) if it takes as
-        long as those before it did on average; one is always done.
+        long as the longest of those before it; one is always done.
         """
         if self._action is not action:
             self._action, self._layers = action, self._engine.prefill(chunks)
+        longest = 0.0
         began = self._clock()
-        for count, _ in enumerate(self._layers, start=1):
+        for _ in self._layers:
             now = self._clock()
-            if now + (now - began) / count > until:
+            longest = max(longest, now - began)
+            began = now
+            if now + longest > until:
                 return False
         self._action = None
         return True
