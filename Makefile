@@ -29,10 +29,10 @@ serve: $(INSTALLED) ## serve PRESET (gemma3_270m, tiny, or a path) on HOST:PORT
 	@exec $(BIN)/gemma-service serve --preset "$(PRESET)" --host "$(HOST)" --port "$(PORT)"
 
 test: static ## everything CI runs: import contracts, types, tests (ARGS="-k top_p -x")
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nightly: $(INSTALLED) ## long campaigns: answers in company against alone, compilations in a fuzz
-	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py $(ARGS)
+	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_CAMPAIGN_REAL_ANSWERS=500 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py $(ARGS)
 
 bench: $(INSTALLED) ## measure the engine beside other implementations, in 40 minutes (ARGS="--quick")
 	$(BIN)/python -m bench $(ARGS)

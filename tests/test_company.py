@@ -3,8 +3,8 @@
 Alone means one at a time to another service, one that keeps no prefixes: so the answers are also
 those after a restart, and those with the prefix cache on are those with it off.
 
-`make test` compares some hundred answers; GEMMA_CAMPAIGN_ANSWERS sets another number, as
-`make nightly` does.
+`make test` compares some hundred answers of the tiny preset, and some of Gemma 3 270M;
+GEMMA_CAMPAIGN_ANSWERS and GEMMA_CAMPAIGN_REAL_ANSWERS set other numbers, as `make nightly` does.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ import pytest
 
 from tests.service_process import eventually, running_service
 
-NUM_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_ANSWERS", "200"))
+NUM_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_ANSWERS", "500"))
+NUM_REAL_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_REAL_ANSWERS", "20"))
 CONTEXT_TOKENS = 2304
 CACHED_TOKENS = 'gemma_prefix_cached_tokens_total{adapter="base"}'
 # What many prompts begin with, as a system prompt would be.
@@ -25,21 +26,19 @@ SHARED = random.Random(1).choices(range(12, 512), k=2100)
 
 
 @contextlib.contextmanager
+def real_engine(directory, cache_dir, *options, **environment):
+    cache = f"--cache-dir={cache_dir}"
+    words = ("--engine=model.engine:load", cache, *options)
+    with running_service(directory, *words, is_ready=False, **environment) as running:
+        assert eventually(running.is_ready, 300), running.log
+        yield running
+
+
 def tiny_service(directory, cache_dir, *options, **environment):
     """The real engine on the tiny preset: four slots, so that most requests wait and mix."""
-    with running_service(
-        directory,
-        "--engine=model.engine:load",
-        "--preset=tiny",
-        f"--cache-dir={cache_dir}",
-        "--slots=4",
-        f"--context-tokens={CONTEXT_TOKENS}",
-        *options,
-        is_ready=False,
-        **environment,
-    ) as running:
-        assert eventually(running.is_ready, 120), running.log
-        yield running
+    context = f"--context-tokens={CONTEXT_TOKENS}"
+    words = ("--preset=tiny", "--slots=4", context, *options)
+    return real_engine(directory, cache_dir, *words, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +117,16 @@ async def post_all(url, bodies, at_once):
         return await asyncio.gather(*(post(body) for body in bodies))
 
 
-def test_f_r6_every_answer_in_company_is_the_answer_alone(service, forgetful_service):
+def random_requests(num_answers):
     draw = random.Random(20261122)
     bodies = []
-    while sum(body["n"] for body in bodies) < NUM_ANSWERS:
+    while sum(body["n"] for body in bodies) < num_answers:
         bodies.append(random_request(draw))
+    return bodies
+
+
+def test_f_r6_every_answer_in_company_is_the_answer_alone(service, forgetful_service):
+    bodies = random_requests(NUM_ANSWERS)
     together = asyncio.run(post_all(service.url, bodies, at_once=24))
     compilations = service.metric('gemma_compilations_total{phase="serving"}')
     assert service.metric(CACHED_TOKENS) > 0
@@ -135,6 +139,15 @@ def test_f_r6_every_answer_in_company_is_the_answer_alone(service, forgetful_ser
     ]
     assert different == []
     assert compilations == 0
+
+
+def test_f_r6_so_it_is_on_gemma_3_270m(tmp_path, cache_dir):
+    bodies = random_requests(NUM_REAL_ANSWERS)
+    with real_engine(tmp_path, cache_dir, "--preset=gemma3_270m") as service:
+        together = asyncio.run(post_all(service.url, bodies, at_once=12))
+        alone = asyncio.run(post_all(service.url, bodies, at_once=1))
+        assert service.metric('gemma_compilations_total{phase="serving"}') == 0
+    assert together == alone
 
 
 def test_another_seed_or_a_neighbouring_bias_would_be_noticed(service):

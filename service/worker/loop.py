@@ -132,6 +132,9 @@ class Loop:
         """One turn; see the module."""
         self._take_arrivals()
         self._end_expired(time.monotonic())
+        if self._scheduler.is_pressed:
+            # What is read may end rows, so before it is said who is next.
+            self._read()
         for row in self._scheduler.start_waiting():
             self._start(row)
         action = self._scheduler.next_action()
@@ -141,8 +144,6 @@ class Loop:
         )
         if not isinstance(action, Idle):
             self._status.enter("step")
-        if not isinstance(action, Decode):
-            self._read()
         self._do(action)
         self._status.work = self._work.counts
         self._flush()
@@ -162,7 +163,7 @@ class Loop:
             case Search():
                 self._search(action)
             case Idle():
-                pass
+                self._read()
 
     def _take_arrivals(self) -> None:
         """Everything that has arrived; waits a moment if there is nothing else to do."""
