@@ -2,23 +2,24 @@
 
 import asyncio
 import random
+import time
 from typing import Any
 
 from bench.mixes import MIXES
 from bench.open_loop import offer, poisson_arrivals
-from bench.padding import decode_padding, prefill_padding
+from bench.padding import computed_tokens, padding_share
 from bench.run_options import RunOptions, Services, stage
-from bench.service_metrics import compilations_while_serving, shapes, wait_until_idle
+from bench.service_metrics import compilations_while_serving, wait_until_idle
 from bench.summary import summarize
 
 _SLOTS = 8
 _DRAIN_SECONDS = 15.0
+_HEARTBEAT_SECONDS = 0.5
 
 
 def measure(options: RunOptions, services: Services) -> dict[str, Any]:
     """A row of numbers for each rate of each mix."""
     url = services.for_streams(_SLOTS).url
-    sizes = shapes(url)
     rows: dict[str, list[dict[str, Any]]] = {}
     for mix, make_asks in MIXES.items():
         for rate in options.rates:
@@ -28,13 +29,17 @@ def measure(options: RunOptions, services: Services) -> dict[str, Any]:
             # Other prompts at every rate, so that no earlier one is still cached.
             generator = random.Random(f"{options.seed} {mix} {rate}")
             asks = make_asks(generator, len(arrivals))
+            before = computed_tokens(url)
             records = asyncio.run(offer(url, asks, arrivals, _DRAIN_SECONDS))
+            # The worker tells its counts four times a second.
+            time.sleep(_HEARTBEAT_SECONDS)
+            after = computed_tokens(url)
             rows.setdefault(mix, []).append(
                 {
                     "rate": rate,
                     **summarize(records, options.window_seconds, options.target),
-                    "prefill_padding": prefill_padding(records, sizes["prefill_tokens"]),
-                    "decode_padding": decode_padding(records, sizes["decode_rows"]),
+                    "prefill_padding": padding_share(before, after, "prefill"),
+                    "decode_padding": padding_share(before, after, "decode"),
                 }
             )
     return {

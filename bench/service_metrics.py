@@ -13,19 +13,17 @@ def series(text: str, name: str) -> float:
     return float(line.split()[-1])
 
 
+def metrics_text(url: str) -> str:
+    return httpx.get(f"{url}/metrics").raise_for_status().text
+
+
 def metric(url: str, name: str) -> float:
-    return series(httpx.get(f"{url}/metrics").raise_for_status().text, name)
+    return series(metrics_text(url), name)
 
 
 def compilations_while_serving(url: str) -> int:
     """Programs compiled since the service was ready; there should be none."""
     return int(metric(url, 'gemma_compilations_total{phase="serving"}'))
-
-
-def shapes(url: str) -> dict[str, list[int]]:
-    """Row counts of decode steps and lengths of prompt chunks, ascending."""
-    buckets = httpx.get(f"{url}/info").raise_for_status().json()["buckets"]
-    return {name: sorted(sizes) for name, sizes in buckets.items()}
 
 
 def wait_until_idle(url: str) -> None:

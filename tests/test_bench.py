@@ -15,7 +15,7 @@ from bench.benchmarks_page import PAGE, with_report
 from bench.environments import REQUIREMENTS
 from bench.event_stream import Event, EventReader
 from bench.open_loop import offer, poisson_arrivals
-from bench.padding import decode_padding, prefill_padding, shape_for
+from bench.padding import padding_share
 from bench.peer_process import PeerFailed, PeerProcess
 from bench.report import report
 from bench.service_metrics import wait_until_idle
@@ -87,24 +87,11 @@ def test_a_row_of_the_open_loop_is_what_its_requests_add_up_to():
     assert row["sent_late_seconds"] == 0
 
 
-def test_more_rows_than_the_largest_shape_run_as_several():
-    assert [shape_for(count, [2, 4, 8]) for count in (0, 1, 3, 8, 9, 16, 19)] == [
-        *(0, 2, 4, 8, 10, 16, 20)
-    ]
-
-
-def test_padding_is_what_was_computed_for_nobody():
-    # 33 of 64 positions, 1 of 32, none for the cached prompt; a refused one is not computed.
-    requests = [record(0, (1, 1), prompt=34), record(0, (1, 1), prompt=2), record(0, prompt=99)]
-    requests.append(record(0, (1, 1), prompt=257))
-    requests[-1].cached_tokens = 256
-    assert prefill_padding(requests, [32, 64]) == pytest.approx(1 - 34 / 96)
-
-    # Alone for two tokens in steps of two rows; then three beside each other in steps of four.
-    first = record(0, (1, 1), (2, 1), (3, 1))
-    others = [record(0, (3.001, 1)), record(0, (3.002, 1))]
-    assert decode_padding([first, *others], [2, 4]) == pytest.approx(1 - 5 / 8)
-    assert decode_padding([], [2, 4]) == 0
+def test_padding_is_a_share_of_what_was_computed_meanwhile():
+    before = {"prefill request": 10, "prefill padding": 5, "decode request": 7, "decode padding": 7}
+    after = {"prefill request": 40, "prefill padding": 15, "decode request": 7, "decode padding": 7}
+    assert padding_share(before, after, "prefill") == 10 / 40
+    assert padding_share(before, after, "decode") == 0
 
 
 def test_arrivals_are_poisson_and_the_same_for_the_same_seed():
