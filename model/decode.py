@@ -18,10 +18,11 @@ from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, SlotRows, block
 from model.gemma.forward import embed, final_hidden, unembed
 from model.gemma.kv_cache import LayerCache
-from model.gemma.padded_rows import pad_rows
+from model.gemma.padded_rows import pad_rows, step_rows
 from model.gemma.weights import GemmaWeights
 from model.samplers.draw import MIN_TEMPERATURE, SamplingRows, draw
 from model.samplers.penalties import PenaltyRows, adjust
+from model.samplers.selection import likeliest
 from model.slots import MAX_LOGPROBS, MAX_STEPS
 
 
@@ -84,16 +85,21 @@ def advance_rows(
     token_ids: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     slots: Int[Array, " batch"],
+    *,
+    is_native: bool,
 ) -> ModelRows:
     """Writes each row's token into its slot; hidden states and logits after it.
 
     The bits of a row depend neither on the number of rows nor on its place among them. A row with
-    the slot ``num_slots`` only fills the batch.
+    the slot ``num_slots`` only fills the batch. With ``is_native`` the products are those of the
+    native kernel, which has other bits than XLA.
     """
-    num_rows, num_slots = len(token_ids), caches[0].keys.shape[0]
-    padded_slots = pad_rows(slots, num_slots)
-    padded_positions = pad_rows(positions)[:, None]
-    x = jax.lax.optimization_barrier(embed(weights, pad_rows(token_ids)[:, None]))
+    num_slots = caches[0].keys.shape[0]
+    step = step_rows(len(token_ids), is_native=is_native)
+    padded_slots = pad_rows(slots, step.num_padded, num_slots)
+    padded_positions = pad_rows(positions, step.num_padded)[:, None]
+    padded_ids = pad_rows(token_ids, step.num_padded)
+    x = jax.lax.optimization_barrier(embed(weights, padded_ids[:, None]))
     new_caches = []
     for layer, cache in enumerate(caches):
         x, new_cache = block(
@@ -102,13 +108,13 @@ def advance_rows(
             traits[layer],
             x,
             padded_positions,
-            rows=SlotRows(cache, padded_slots, num_rows),
+            rows=SlotRows(cache, padded_slots, step),
         )
         assert new_cache is not None
         new_caches.append(new_cache)
     hidden = final_hidden(config, weights, x)
-    logits = unembed(config, weights, hidden, num_rows)[:num_rows, 0].astype(jnp.float32)
-    return ModelRows(new_caches, hidden[:num_rows, 0], logits)
+    logits = unembed(config, weights, hidden, step)[:, 0].astype(jnp.float32)
+    return ModelRows(new_caches, hidden[: step.num_real, 0], logits)
 
 
 class _Progress(NamedTuple):
@@ -130,6 +136,8 @@ def decode_steps(
     positions: Int[Array, " batch"],
     rules: RuleRows,
     num_steps: Int[Array, ""],
+    *,
+    is_native: bool,
 ) -> tuple[SlotStates, DecodeOutputs]:
     """Draws up to ``num_steps`` tokens for each row and writes them into its slot.
 
@@ -143,6 +151,7 @@ def decode_steps(
         positions: Of the newest token of each.
         rules: Of each row.
         num_steps: At most `MAX_STEPS`.
+        is_native: Products are made by the native kernel, not by XLA (static).
 
     Returns:
         The states with the drawn tokens, and `MAX_STEPS` outputs in order.
@@ -172,6 +181,7 @@ def decode_steps(
             jnp.where(at.goes_on, slots, num_slots),
             drawn_at - 1,
             rules,
+            is_native=is_native,
         )
         outputs = jax.tree.map(
             lambda all_, new: all_.at[at.step].set(new),
@@ -216,12 +226,16 @@ def _decode_step(
     slots: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     rules: RuleRows,
+    *,
+    is_native: bool,
 ) -> tuple[SlotStates, DecodeOutputs]:
     """One step of every row: reads its newest token, writes the next."""
     tokens, caches = states
     context = tokens.shape[1]
     newest = tokens.at[slots, positions].get(mode="clip")
-    rows = advance_rows(config, weights, traits, caches, newest, positions, slots)
+    rows = advance_rows(
+        config, weights, traits, caches, newest, positions, slots, is_native=is_native
+    )
     is_past = jnp.arange(context)[None, :] <= positions[:, None]
     history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), config.vocabulary_size)
     drawn = jax.lax.map(lambda row: _finish_row(*row), (rows.logits, rules, history, positions + 1))
@@ -246,7 +260,7 @@ def _finish_row(
     token_id = jax.lax.cond(
         sampling.temperature >= MIN_TEMPERATURE,
         lambda: draw(allowed, *sampling, position).astype(jnp.int32),
-        lambda: jnp.argmax(allowed).astype(jnp.int32),
+        lambda: likeliest(allowed),
     )
     logprob, top_ids, top_logprobs = jax.lax.cond(
         rules.wants_logprobs, lambda: _measure(logits, token_id), lambda: _nothing(logits)

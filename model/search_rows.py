@@ -21,6 +21,10 @@ from model.samplers.penalties import add_biases
 from model.slots import MAX_LOGPROBS
 
 
+# Rows of what a step of a search looks at, whatever the number of its rows.
+SEARCH_ROWS = 8
+
+
 class SearchRuleArrays(NamedTuple):
     """`model.search_slots.SearchRules` as arguments of a program; V where there is no id."""
 
@@ -49,10 +53,15 @@ def advance_padded(
     token_ids: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     slots: Int[Array, " batch"],
+    *,
+    is_native: bool,
 ) -> ModelRows:
     """`model.decode.advance_rows` with eight rows of results, whatever the number of rows."""
-    rows = advance_rows(config, weights, traits, caches, token_ids, positions, slots)
-    return ModelRows(rows.caches, pad_rows(rows.hidden), pad_rows(rows.logits))
+    rows = advance_rows(
+        config, weights, traits, caches, token_ids, positions, slots, is_native=is_native
+    )
+    hidden, logits = (pad_rows(x, SEARCH_ROWS) for x in (rows.hidden, rows.logits))
+    return ModelRows(rows.caches, hidden, logits)
 
 
 def adjusted(logits: Float[Array, " vocab"], rules: SearchRuleArrays) -> Float[Array, " vocab"]:

@@ -23,10 +23,9 @@ from model.contrastive_step import CandidateOutputs, CandidateRows, choose_candi
 from model.decode import ModelRows
 from model.gemma.block import LayerTraits
 from model.gemma.kv_cache import LayerCache
-from model.gemma.padded_rows import PADDED_ROWS
 from model.gemma.weights import GemmaWeights
 from model.programs import ProgramSpec
-from model.search_rows import SearchRuleArrays, advance_padded
+from model.search_rows import SEARCH_ROWS, SearchRuleArrays, advance_padded
 from model.search_slots import (
     Beam,
     BeamStep,
@@ -63,6 +62,7 @@ class Searches:
         context_tokens: Positions of a sequence.
         programs: Of the engine, filled by it.
         copy_blocks: Gives one slot blocks of another.
+        is_native: Products are made by the native kernel.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Searches:
         context_tokens: int,
         programs: dict[str, Callable[..., Any]],
         copy_blocks: CopyBlocks,
+        is_native: bool,
     ) -> None:
         self.row_buckets = search_row_buckets(num_slots)
         self._config = config
@@ -84,6 +85,7 @@ class Searches:
         self._num_positions = -(-context_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         self._programs = programs
         self._copy_blocks = copy_blocks
+        self._is_native = is_native
         # First slot of a contrastive search -> directions of the hidden states so far.
         self._directions: dict[int, jax.Array] = {}
 
@@ -95,14 +97,14 @@ class Searches:
         specs = [
             ProgramSpec(
                 f"advance[{rows}]",
-                partial(advance_padded, config),
+                partial(advance_padded, config, is_native=self._is_native),
                 (self._weights, self._traits, caches, *[_shaped((rows,), jnp.int32)] * 3),
                 donated=(2,),
             )
             for rows in self.row_buckets
         ]
-        logits = _shaped((PADDED_ROWS, vocab), jnp.float32)
-        hidden = _shaped((PADDED_ROWS, config.hidden_dim), jnp.float32)
+        logits = _shaped((SEARCH_ROWS, vocab), jnp.float32)
+        hidden = _shaped((SEARCH_ROWS, config.hidden_dim), jnp.float32)
         directions = _shaped((self._num_positions, config.hidden_dim), jnp.float32)
         rules = self._rule_arrays(SearchRules())
         beams = _beam_rows(())
@@ -253,8 +255,8 @@ class Searches:
         alpha: float,
     ) -> CandidateRows:
         return CandidateRows(
-            slots=_column(slots, PADDED_ROWS, np.int32, self._num_slots),
-            probabilities=_column(probabilities, PADDED_ROWS, np.float32, 0),
+            slots=_column(slots, SEARCH_ROWS, np.int32, self._num_slots),
+            probabilities=_column(probabilities, SEARCH_ROWS, np.float32, 0),
             position=jnp.asarray(np.int32(position)),
             alpha=jnp.asarray(np.float32(alpha)),
         )
@@ -272,9 +274,9 @@ class Searches:
 
 def _beam_rows(beams: Sequence[Beam]) -> BeamRows:
     return BeamRows(
-        logprobs=_column([beam.logprob for beam in beams], PADDED_ROWS, np.float32, 0),
-        is_live=_column([not beam.is_done for beam in beams], PADDED_ROWS, np.bool_, 0),
-        is_done=_column([beam.is_done for beam in beams], PADDED_ROWS, np.bool_, 0),
+        logprobs=_column([beam.logprob for beam in beams], SEARCH_ROWS, np.float32, 0),
+        is_live=_column([not beam.is_done for beam in beams], SEARCH_ROWS, np.bool_, 0),
+        is_done=_column([beam.is_done for beam in beams], SEARCH_ROWS, np.bool_, 0),
     )
 
 

@@ -18,10 +18,11 @@ from model.gemma import kv_cache, masks
 from model.gemma.attention import attend, attend_slot
 from model.gemma.kv_cache import LayerCache
 from model.gemma.norms import rms_norm
-from model.gemma.padded_rows import padded_again, real_rows
+from model.gemma.padded_rows import StepRows, padded_again, real_rows
 from model.gemma.projection import AdapterTerm, projection
 from model.gemma.rope import apply_rope, inverse_frequencies
 from model.gemma.weights import BlockWeights
+from model.kernels.attention import decode_attention
 
 Residual = Float[Array, "batch seq width"]
 Intervention = Callable[[Residual], Residual]
@@ -37,12 +38,12 @@ class LayerTraits(NamedTuple):
 class SlotRows(NamedTuple):
     """A layer's cache and which slot each row of the batch reads and writes.
 
-    In a decode step only the first ``num_rows`` rows are real (`model.gemma.padded_rows`).
+    In a decode step only some of the rows are real (`model.gemma.padded_rows`).
     """
 
     cache: LayerCache
     slots: Int[Array, " batch"]
-    num_rows: int | None = None
+    step: StepRows | None = None
 
 
 class PackedPrompts(NamedTuple):
@@ -109,9 +110,9 @@ def block(
     """
     assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
     adapters = adapters or {}
-    num_rows = rows.num_rows if isinstance(rows, SlotRows) else None
+    step = rows.step if isinstance(rows, SlotRows) else None
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
-    project = partial(_project, weights, adapters, num_rows)
+    project = partial(_project, weights, adapters, step)
     query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
     cache = None
     if rows is None:
@@ -138,12 +139,12 @@ Project = Callable[[str, Array], Array]
 def _project(
     weights: BlockWeights,
     adapters: Mapping[str, AdapterTerm],
-    num_rows: int | None,
+    step: StepRows | None,
     field: str,
     x: Float[Array, "batch seq in_width"],
 ) -> Float[Array, "batch seq out_width"]:
     """The product with the kernel in one field of the weights, and its adapter term."""
-    return projection(x, getattr(weights, field), adapters.get(field), num_rows=num_rows)
+    return projection(x, getattr(weights, field), adapters.get(field), rows=step)
 
 
 def _query_key_value(
@@ -194,12 +195,20 @@ def _attend_rows(
             logit_cap=config.attention_soft_cap,
         )
 
-    real = (
-        real_rows(query, rows.num_rows),
-        rows.slots[: rows.num_rows],
-        positions[: rows.num_rows],
-    )
-    return padded_again(jax.lax.map(attend_row, real), rows.num_rows)
+    num_real = None if rows.step is None else rows.step.num_real
+    real = (real_rows(query, rows.step), rows.slots[:num_real], positions[:num_real])
+    if rows.step is not None and rows.step.is_native:
+        attended = decode_attention(
+            real[0][:, 0],
+            *rows.cache,
+            real[1],
+            real[2][:, 0],
+            traits.window_tokens,
+            logit_cap=config.attention_soft_cap,
+        )[:, None]
+    else:
+        attended = jax.lax.map(attend_row, real)
+    return padded_again(attended, rows.step)
 
 
 def _attend_prompts(

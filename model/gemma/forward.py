@@ -7,6 +7,7 @@ decode, score and training call these three and nothing else.
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,7 +15,8 @@ from model.config import GemmaConfig
 from model.gemma.attention import soft_cap
 from model.gemma.block import Intervention, Residual, block, layer_traits
 from model.gemma.norms import rms_norm
-from model.gemma.projection import AdapterTerm, projection
+from model.gemma.padded_rows import StepRows, real_rows
+from model.gemma.projection import AdapterTerm, real_projection
 from model.gemma.weights import GemmaWeights
 
 EMBEDDING_LAYER = -1
@@ -64,24 +66,30 @@ def head(
     weights: GemmaWeights,
     x: Float[Array, "batch seq width"],
     *,
-    num_rows: int | None = None,
+    rows: StepRows | None = None,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits from the residual stream after the last block: final norm, tied table, soft cap.
 
-    With ``num_rows`` only that many rows are real; see `model.gemma.padded_rows`.
+    With ``rows``, those of a decode step, only some are real; see `model.gemma.padded_rows`.
     """
-    return unembed(config, weights, final_hidden(config, weights, x), num_rows)
+    return unembed(config, weights, final_hidden(config, weights, x), rows)
 
 
 def unembed(
     config: GemmaConfig,
     weights: GemmaWeights,
     hidden: Float[Array, "batch seq width"],
-    num_rows: int | None = None,
+    rows: StepRows | None = None,
 ) -> Float[Array, "batch seq vocab"]:
-    """Logits from the hidden states after the final norm."""
-    logits = projection(hidden, weights.embeddings, num_rows=num_rows)
-    return soft_cap(logits, config.final_soft_cap)
+    """Logits from the hidden states after the final norm.
+
+    With ``rows`` only those of the real rows: logits are too large to be padded with more.
+    """
+    logits = real_projection(real_rows(hidden, rows), weights.embeddings, rows=rows)
+    if rows is None or config.final_soft_cap is None:
+        return soft_cap(logits, config.final_soft_cap)
+    apart = jax.lax.optimization_barrier(logits)
+    return jax.lax.map(lambda row: soft_cap(row, config.final_soft_cap), apart)
 
 
 def forward(

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.gemma.padded_rows import padded_again, real_rows
+from model.gemma.padded_rows import StepRows, padded_again, real_rows
+from model.kernels.product import product
 
 
 class AdapterTerm(NamedTuple):
@@ -31,20 +32,33 @@ def projection(
     kernel: Float[Array, "out_width in_width"],
     adapter: AdapterTerm | None = None,
     *,
-    num_rows: int | None = None,
+    rows: StepRows | None = None,
 ) -> Float[Array, "batch seq out_width"]:
     """``x · kernelᵀ``, plus the adapter term of each row if there is one.
 
-    With ``num_rows`` only that many rows are real; see `model.gemma.padded_rows`.
+    With ``rows``, those of a decode step, only some are real; see `model.gemma.padded_rows`.
     """
-    x = real_rows(x, num_rows)
+    return padded_again(real_projection(real_rows(x, rows), kernel, adapter, rows=rows), rows)
+
+
+def real_projection(
+    x: Float[Array, "batch seq in_width"],
+    kernel: Float[Array, "out_width in_width"],
+    adapter: AdapterTerm | None = None,
+    *,
+    rows: StepRows | None = None,
+) -> Float[Array, "batch seq out_width"]:
+    """`projection` where every row is real and stays alone."""
     batch, seq, in_width = x.shape
     columns = x.reshape(batch * seq, in_width)
-    product = jax.lax.dot_general(kernel, columns, (((1,), (1,)), ((), ())))  # [out, B·L]
-    product = jax.lax.optimization_barrier(product)
-    y = product.T.reshape(batch, seq, kernel.shape[0])
+    if rows is not None and rows.is_native:
+        flat = product(columns, kernel)
+    else:
+        transposed = jax.lax.dot_general(kernel, columns, (((1,), (1,)), ((), ())))  # [out, B·L]
+        flat = jax.lax.optimization_barrier(transposed).T
+    y = flat.reshape(batch, seq, kernel.shape[0])
     if adapter is None:
-        return padded_again(y, num_rows)
+        return y
     low = jnp.einsum("bli,bnir->blnr", x, adapter.a)
     added = jnp.einsum("blnr,bnro->blno", low, adapter.b)
-    return padded_again(y + added.reshape(y.shape), num_rows)
+    return y + added.reshape(y.shape)

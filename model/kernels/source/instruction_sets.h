@@ -1,0 +1,26 @@
+// One table of functions for each instruction set, and which of them this process uses.
+#pragma once
+
+#include "attention.h"
+#include "product.h"
+
+namespace gemma {
+
+struct InstructionSet {
+  const char* name;
+  bool (*is_available)();
+  void (*multiply_float32)(const Part<float>&);
+  void (*multiply_bfloat16)(const Part<BFloat16>&);
+  void (*attend)(const AttentionPart&);
+};
+
+extern const InstructionSet kAvx512;
+extern const InstructionSet kAvx2;
+extern const InstructionSet kNeon;
+// Plain C++; slow where a fused multiply-add is a function. It is what the others are held to.
+extern const InstructionSet kPlain;
+
+// What this process uses: the fastest that the processor has; null if it has none of them.
+const InstructionSet* instruction_set();
+
+}  // namespace gemma
