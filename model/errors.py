@@ -8,6 +8,7 @@
     + PresetDownloadFailed        a hub refused, was not reached, or the disk is full
     + UnsupportedPreset           a well-formed file of a kind that is not served
   x SelfTestFailed                answers would depend on what else runs on this machine
+  x KernelsUnavailable            native kernels were asked for and cannot be used here
   x RequestInvalid                another request is needed
     + TokenOutOfRange             an id is not in the vocabulary
     + SequenceTooLong             more tokens than a slot holds
@@ -44,6 +45,10 @@ class UnsupportedPreset(PresetError):
 
 class SelfTestFailed(ModelError):
     """The programs give other bits in other company here. The message says which, and a remedy."""
+
+
+class KernelsUnavailable(ModelError):
+    """Native kernels were asked for and there are none. The message says why, and a remedy."""
 
 
 class RequestInvalid(ModelError):

@@ -14,6 +14,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = {name: (ROOT / name).read_text() for name in ("requirements.lock", "requirements-dev.lock")}
+# A compiler for machines without one, and nothing else.
+KERNELS_LOCK = (ROOT / "requirements-kernels.lock").read_text()
 
 # The oldest versions in which what they read from strangers is safe.
 FLOORS = {
@@ -65,7 +67,7 @@ def lock_findings(text: str) -> list[str]:
         found += [f"not pinned by hash: {line:.60}" for line in lines if not pin.fullmatch(line)]
     locked = versions(text)
     for name, floor in FLOORS.items():
-        if any(version < Version(floor) for version in locked[name]):
+        if any(version < Version(floor) for version in locked.get(name, ())):
             found.append(f"{name} is below {floor}")
     found += [f"{name} should not be needed" for name in ABSENT if name in locked]
     return found
@@ -81,6 +83,17 @@ def test_packages_that_only_tests_use_are_above_their_floors_and_not_in_the_prod
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_file_pins_everything_by_hash_above_the_floors(name):
     assert lock_findings(LOCKS[name]) == []
+
+
+def test_the_lock_of_the_compiler_pins_it_alone_by_hash():
+    (requirement,) = map(Requirement, PYPROJECT["dependency-groups"]["kernels"])
+    locked = versions(KERNELS_LOCK)
+
+    assert lock_findings(KERNELS_LOCK) == []
+    assert locked.keys() == {requirement.name}
+    assert all(requirement.specifier.contains(pin) for pin in locked[requirement.name])
+    # Nothing that is always installed may bring it.
+    assert not any(requirement.name in text for text in LOCKS.values())
 
 
 @pytest.mark.parametrize(
@@ -146,9 +159,14 @@ def test_every_library_that_the_code_imports_is_a_declared_dependency():
 # --- package ----------------------------------------------------------------------------------
 
 
-def test_the_tiny_preset_is_package_data():
+def _packed(model: Path) -> set[Path]:
+    """Package data of ``model``. setuptools takes ``**`` for files too, `Path.glob` for folders."""
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["model"]
-    packed = {path for pattern in patterns for path in (ROOT / "model").glob(pattern + "/*")}
+    return {path for pattern in patterns for path in model.glob(pattern.replace("**", "**/*"))}
+
+
+def test_the_tiny_preset_is_package_data():
+    packed = _packed(ROOT / "model")
     data = {
         path
         for package in ("model", "service")
@@ -158,6 +176,17 @@ def test_the_tiny_preset_is_package_data():
 
     assert {path.name for path in data} >= {"config.json", "model.weights.h5", "vocabulary.spm"}
     assert data <= packed
+
+
+def test_sources_and_the_library_of_the_kernels_are_package_data(tmp_path):
+    kernels = tmp_path / "kernels"
+    for name in ("source/product.cc", "source/product.h", "_build/0-1.so", "_build/left/0-1.so"):
+        (kernels / name).parent.mkdir(parents=True, exist_ok=True)
+        (kernels / name).touch()
+
+    names = {str(path.relative_to(kernels)) for path in _packed(tmp_path)}
+
+    assert names == {"source/product.cc", "source/product.h", "_build/0-1.so"}
 
 
 def test_every_folder_of_code_is_a_package():
