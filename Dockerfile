@@ -21,10 +21,18 @@ RUN sed -n '/^setuptools==/,/[^\\]$/p' requirements-dev.lock > setuptools.lock \
     && test -s setuptools.lock \
     && python -m pip install --require-hashes --only-binary :all: -r setuptools.lock
 
-# Last, as it changes most often.
+# This image has no C++ compiler, so the kernels get one out of a package, beside the venv: what is
+# shipped must not have it.
+COPY requirements-kernels.lock ./
+RUN python -m pip install --target /opt/compiler \
+        --require-hashes --only-binary :all: -r requirements-kernels.lock
+
+# Last, as it changes most often. Kernels are built first, so that the wheel has their library; with
+# the venv's Python, as they belong to its jaxlib.
 COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY service service
+RUN PYTHONPATH=/opt/compiler /opt/venv/bin/python -m model.kernels.build --require
 RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
     && python -m pip --python /opt/venv/bin/python install --no-deps --no-index wheels/*.whl
 

@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 PRESET ?= gemma3_270m
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -15,7 +16,8 @@ TEST_PROCESSES ?= 2
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-install: $(INSTALLED) ## make .venv and install everything locked into it
+install: $(INSTALLED) ## make .venv, install everything locked into it, build the kernels
+	$(BUILD_KERNELS)
 
 $(INSTALLED): requirements.lock requirements-dev.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is needed; set PYTHON to another 3.11 or later" >&2; exit 1; }
@@ -25,16 +27,28 @@ $(INSTALLED): requirements.lock requirements-dev.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(INSTALLED)
 
-serve: $(INSTALLED) ## serve PRESET (gemma3_270m, tiny, or a path) on HOST:PORT
+# The compiler in the third lock file is fetched only where no other one works: it takes 100 MB.
+define BUILD_KERNELS
+@$(BIN)/python -m model.kernels.build --require || { \
+	echo "Installing a C++ compiler into $(VENV); with it the build takes 1 to 3 minutes" >&2; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-kernels.lock; \
+	$(BIN)/python -m model.kernels.build; }
+@touch $(KERNELS)
+endef
+
+$(KERNELS): $(INSTALLED) $(wildcard model/kernels/*.py model/kernels/source/*)
+	$(BUILD_KERNELS)
+
+serve: $(KERNELS) ## serve PRESET (gemma3_270m, tiny, or a path) on HOST:PORT
 	@exec $(BIN)/gemma-service serve --preset "$(PRESET)" --host "$(HOST)" --port "$(PORT)"
 
-test: static ## everything CI runs: import contracts, types, tests (ARGS="-k top_p -x")
+test: static $(KERNELS) ## everything CI runs: import contracts, types, tests (ARGS="-k top_p -x")
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-nightly: $(INSTALLED) ## long campaigns: answers in company against alone, compilations in a fuzz
+nightly: $(KERNELS) ## long campaigns: answers in company against alone, compilations in a fuzz
 	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_CAMPAIGN_REAL_ANSWERS=500 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py $(ARGS)
 
-bench: $(INSTALLED) ## measure the engine beside other implementations, in 40 minutes (ARGS="--quick")
+bench: $(KERNELS) ## measure the engine beside other implementations, in 40 minutes (ARGS="--quick")
 	$(BIN)/python -m bench $(ARGS)
 
 check: lint test ## format, lint, import contracts, types, tests
@@ -54,11 +68,12 @@ format: $(INSTALLED) ## fix what a machine can fix
 openapi: $(INSTALLED) ## rewrite openapi/openapi.json; read the diff before committing it
 	$(BIN)/python -m service.export_openapi openapi/openapi.json
 
-lock: ## resolve both lock files anew (needs uv)
+lock: ## resolve the lock files anew (needs uv)
 	uv pip compile $(LOCK_OPTIONS) --extra serve --extra demo pyproject.toml -o requirements.lock
 	uv pip compile $(LOCK_OPTIONS) --extra serve --extra demo --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+	uv pip compile $(LOCK_OPTIONS) --group kernels -o requirements-kernels.lock
 
 LOCK_OPTIONS := --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate
 
-clean: ## remove .venv and caches of tools
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## remove .venv, kernels and caches of tools
+	rm -rf $(VENV) model/kernels/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -190,6 +190,27 @@ def test_the_build_backend_is_cut_out_of_the_lock_with_its_hashes():
     assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in hashes)
 
 
+def test_the_builder_builds_the_kernels_for_the_wheel_with_a_compiler_that_is_not_shipped():
+    builder, final = read_dockerfile(DOCKERFILE)
+    steps = [instruction.value for instruction in builder]
+    (compiler,) = [s for s in steps if s.startswith("python -m pip install --target")]
+    (build,) = [s for s in steps if "model.kernels.build" in s]
+    (wheel,) = [s for s in steps if "pip wheel" in s]
+    directory = compiler.partition("--target ")[2].split()[0]
+
+    assert compiler.endswith("-r requirements-kernels.lock")
+    assert build == f"PYTHONPATH={directory} /opt/venv/bin/python -m model.kernels.build --require"
+    assert steps.index(compiler) < steps.index(build) < steps.index(wheel)
+    assert steps.index("model model") < steps.index(build)
+    # Only the venv goes on, and the compiler is not in it.
+    assert not directory.startswith("/opt/venv")
+    assert _values(final, "COPY") == ["--from=builder /opt/venv /opt/venv"]
+
+
+def test_no_library_that_was_built_elsewhere_goes_to_the_builder():
+    assert "model/kernels/_build" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
 def _health_check(port: int) -> int:
     """Runs the image's HEALTHCHECK here; returns its exit status."""
     value = _values(read_dockerfile(DOCKERFILE)[-1], "HEALTHCHECK")[-1]
@@ -417,3 +438,30 @@ def test_make_test_runs_contracts_types_and_tests():
     positions = [planned.find(f"bin/{tool}") for tool in ("lint-imports", "mypy", "pytest")]
     assert -1 not in positions
     assert positions == sorted(positions)
+
+
+def _planned(target: str) -> str:
+    done = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_make_install_fetches_a_compiler_only_where_no_other_one_builds_the_kernels():
+    shell = _planned("install").replace("\\\n", "")
+
+    first, otherwise, rest = shell.partition("model.kernels.build --require || {")
+    assert otherwise
+    assert "requirements-kernels.lock" not in first
+    assert rest.index("requirements-kernels.lock") < rest.index("model.kernels.build; }")
+
+
+def test_what_runs_the_model_waits_for_the_kernels_and_those_for_their_sources():
+    database = _planned("--print-data-base")
+    waiting = dict(re.findall(r"^([\w./-]+): ([^|\n]*)$", database, re.MULTILINE))
+
+    for target in ("serve", "test", "nightly", "bench"):
+        assert ".venv/.kernels" in waiting[target].split()
+    assert {".venv/.installed", "model/kernels/build.py"} < set(waiting[".venv/.kernels"].split())
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "model/kernels/source").glob("*")}
+    assert sources <= set(waiting[".venv/.kernels"].split())
