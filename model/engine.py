@@ -24,6 +24,7 @@ from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
 from model.gemma.kv_cache import LayerCache
 from model.ids_only import IdsOnly
+from model.kernels.library import Kernels, load_kernels
 from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, chunk_of
 from model.prefix_store import PrefixStore
 from model.presets.converted import ConvertedPreset
@@ -61,7 +62,10 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
         PresetError: The preset cannot be served, or not with these options; the message names the
             file, the tensor or the number.
         SelfTestFailed: Here answers would depend on their company.
+        KernelsUnavailable: Native kernels were asked for, and there are none.
     """
+    kernels = load_kernels(options.kernels)
+    _logger.info("kernels: %s", kernels)
     programs_dir = use_compile_cache(options.cache_dir)
     counter = CompilationCounter()
     preset = open_preset(options.preset, options.cache_dir, progress=progress)
@@ -69,7 +73,7 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
     _check_context(options, config)
     codec = _codec(preset)
     backbone = Backbone(config, _device_arrays(preset, progress), dtype="float32")
-    engine = GemmaEngine(backbone, codec, options, preset, counter)
+    engine = GemmaEngine(backbone, codec, options, preset, counter, kernels)
     engine.compile(progress, programs_dir)
     return engine
 
@@ -116,6 +120,7 @@ class GemmaEngine:
         options: EngineOptions,
         preset: ConvertedPreset,
         counter: CompilationCounter,
+        kernels: Kernels,
     ) -> None:
         self.codec = codec
         self._config: GemmaConfig = backbone.config
@@ -124,6 +129,7 @@ class GemmaEngine:
         # Kept while the weights are: it holds the cache entry in which they lie.
         self._preset = preset
         self._counter = counter
+        self._kernels = kernels
         self._traits = layer_traits(self._config)
         num_slots, context = options.num_slots, options.context_tokens
         self._states = SlotStates(
@@ -163,7 +169,8 @@ class GemmaEngine:
             dtype="float32",
             backend=jax.default_backend(),
             device=device.device_kind,
-            kernels=("xla",),
+            kernels=self._kernels.name,
+            kernels_reason=self._kernels.reason or None,
             context_tokens=self._options.context_tokens,
             num_slots=self._options.num_slots,
             vocabulary_size=self._config.vocabulary_size,

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from model.kernels.choice import KernelChoice
 from model.progress import Progress
 
 MAX_LOGPROBS = 20
@@ -42,6 +43,7 @@ class EngineOptions:
         context_tokens: Positions per slot, prompt and completion together.
         cache_dir: Converted weights and compiled programs.
         prefix_cache_bytes: For blocks of prompts that later prompts may begin with; 0 keeps none.
+        kernels: Whether native kernels compute where they can be used, must, or may not.
     """
 
     preset: str
@@ -49,6 +51,7 @@ class EngineOptions:
     context_tokens: int
     cache_dir: Path
     prefix_cache_bytes: int = 0
+    kernels: KernelChoice = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class SelfTest:
 class EngineInfo:
     """What was loaded, for `/info`.
 
+    ``kernels`` names what computes products; ``kernels_reason`` says why these are not native ones,
+    where they could be.
     ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
     without ``has_tokenizer`` there are token ids and no text. Up to
     ``packed_prompts`` prompts with no more than ``packed_tokens`` left together may be prefilled
@@ -85,7 +90,7 @@ class EngineInfo:
     dtype: str
     backend: str
     device: str
-    kernels: tuple[str, ...]
+    kernels: str
     context_tokens: int
     num_slots: int
     vocabulary_size: int
@@ -99,6 +104,7 @@ class EngineInfo:
     programs: tuple[str, ...] = ()
     has_tokenizer: bool = True
     self_test: SelfTest | None = None
+    kernels_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,9 +129,10 @@ class Service:
     def on_ready(self, info: ServerInfo, num_compilations: int) -> None:
         self._count_compilations(num_compilations, "warmup")
         self._metrics.build_info.labels(
-            VERSION, info.preset, info.dtype, info.backend, ",".join(info.kernels), "none"
+            VERSION, info.preset, info.dtype, info.backend, info.kernels, "none"
         ).set(1)
-        self._display.ready({"preset": info.preset, "url": self._url, "device": info.device})
+        facts = {"preset": info.preset, "url": self._url, "device": info.device}
+        self._display.ready({**facts, "kernels": _kernels(info)})
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._heartbeat = heartbeat
@@ -255,7 +256,13 @@ def _load_command(settings: Settings) -> Load:
         max_queued_requests=settings.queue_requests,
         max_queued_tokens=settings.queue_tokens,
         prefix_cache_bytes=settings.prefix_cache_bytes,
+        kernels=settings.kernels,
     )
+
+
+def _kernels(info: ServerInfo) -> str:
+    """What computes, and why it is not something faster."""
+    return f"{info.kernels} ({info.kernels_reason})" if info.kernels_reason else info.kernels
 
 
 def _resident_bytes(pid: int) -> int:

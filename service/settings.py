@@ -8,7 +8,7 @@ compares.
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -70,6 +70,10 @@ class Settings(BaseSettings):
         ge=0,
         le=1_099_511_627_776,
         description="Memory for blocks of prompts that later prompts begin with; 0 turns it off.",
+    )
+    kernels: Literal["auto", "native", "xla"] = Field(
+        "auto",
+        description="auto: native kernels where there are any; native: no start without; xla: no.",
     )
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."

@@ -62,6 +62,7 @@ class TerminalDisplay:
 
     def ready(self, facts: dict[str, Any]) -> None:
         self.close()
+        self._console.print(f"kernels: {facts['kernels']}", highlight=False, markup=False)
         self._console.print(f"Ready: {facts['preset']} on {facts['url']}", highlight=False)
 
     def close(self) -> None:

@@ -45,6 +45,8 @@ def _kind(schema: dict[str, Any]) -> str:
             return _kind(chosen)
         case {"type": "boolean"}:
             return "`true` or `false`"
+        case {"type": "string", "enum": choices}:
+            return " or ".join(f"`{choice}`" for choice in choices)
         case {"type": "string", "format": "path"}:
             return "path"
         case {"type": "string", "pattern": pattern}:

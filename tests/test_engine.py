@@ -9,6 +9,7 @@ from model.engine import load
 from model.engine_programs import row_buckets
 from model.errors import SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma.forward import forward
+from model.kernels.library import load_kernels
 from model.progress import no_progress
 from model.slots import (
     MAX_LOGPROBS,
@@ -413,3 +414,11 @@ def test_not_even_nan_of_an_earlier_sequence_changes_a_bit(name, num_prompt_toke
 )
 def test_decode_programs_have_two_four_or_eight_rows(num_slots, buckets):
     assert row_buckets(num_slots) == buckets
+
+
+def test_the_engine_says_which_kernels_this_process_has(engine_of):
+    info = engine_of(goldens.TINY_PRESETS[0]).info
+    kernels = load_kernels()
+
+    assert (info.kernels, info.kernels_reason) == (kernels.name, kernels.reason or None)
+    assert (info.kernels == "xla") == (info.kernels_reason is not None)

@@ -21,7 +21,7 @@ class Tape:
         programs = [rows for rows in (4, 8) if num_slots > 1 and (rows == 4 or num_slots > 4)]
         self.info = EngineInfo(
             preset="x", preset_digest="x", family="x", is_instruct=None, num_parameters=0,
-            dtype="x", backend="paper", device="tape", kernels=(), context_tokens=100,
+            dtype="x", backend="paper", device="tape", kernels="", context_tokens=100,
             num_slots=num_slots, vocabulary_size=1000, num_layers=1, hidden_dim=1,
             chunk_tokens=256, buckets={"search_rows": programs},
         )  # fmt: skip

@@ -40,7 +40,7 @@ class Tape:
     def __init__(self, num_slots=8, context_tokens=1024, row_counts=(2, 4, 8)):
         self.info = EngineInfo(
             preset="x", preset_digest="x", family="x", is_instruct=None, num_parameters=0,
-            dtype="x", backend="paper", device="tape", kernels=(), context_tokens=context_tokens,
+            dtype="x", backend="paper", device="tape", kernels="", context_tokens=context_tokens,
             num_slots=num_slots, vocabulary_size=1000, num_layers=1, hidden_dim=1,
             chunk_tokens=256, packed_tokens=64, packed_prompts=8,
             buckets={"decode_rows": [*row_counts], "prefill_tokens": [*CHUNKS]},

@@ -462,7 +462,12 @@ class Info(_Model):
     quantization: str | None
     backend: str
     device: str
-    kernels: list[str]
+    kernels: str = Field(
+        description="What computes products: the instruction set of native kernels, or xla."
+    )
+    kernels_reason: str | None = Field(
+        description="Why native kernels do not compute; null where they do."
+    )
     context_tokens: int
     slots: int
     vocabulary_size: int

@@ -21,6 +21,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
+KernelChoice = Literal["auto", "native", "xla"]
 Phase = Literal["start", "download", "convert", "load", "compile", "idle", "step"]
 
 
@@ -95,6 +96,7 @@ class Load(Message, frozen=True):
         max_queued_requests: Requests that may wait for a slot.
         max_queued_tokens: Prompt tokens that may wait for a slot.
         prefix_cache_bytes: For blocks of prompts that later prompts may begin with; 0 keeps none.
+        kernels: Whether native kernels compute where they can be used, must, or may not.
     """
 
     engine: str
@@ -105,6 +107,7 @@ class Load(Message, frozen=True):
     max_queued_requests: int
     max_queued_tokens: int
     prefix_cache_bytes: int = 0
+    kernels: KernelChoice = "auto"
 
 
 class Generate(Message, frozen=True):
@@ -168,7 +171,10 @@ class SelfTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the worker has loaded, for `/info`."""
+    """What the worker has loaded, for `/info`.
+
+    ``kernels_reason`` says why native kernels do not compute, where they could.
+    """
 
     preset: str
     preset_digest: str
@@ -178,7 +184,8 @@ class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     backend: str
     device: str
-    kernels: tuple[str, ...]
+    kernels: str
+    kernels_reason: str | None
     context_tokens: int
     num_slots: int
     vocabulary_size: int

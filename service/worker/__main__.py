@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from model.errors import ModelError, PresetError, SelfTestFailed
+from model.errors import KernelsUnavailable, ModelError, PresetError, SelfTestFailed
 from model.search_slots import SearchEngine, SearchEngineLoader
 from service.logs import log_to_stderr
 from service.protocol.framing import ProtocolError
@@ -67,7 +67,7 @@ class Worker:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
             engine = self._load(load)
-        except (PresetError, SelfTestFailed) as error:
+        except (PresetError, SelfTestFailed, KernelsUnavailable) as error:
             return self._refuse_to_load(str(error), is_permanent=True)
         except Exception as error:
             log.exception("loading failed")

@@ -27,6 +27,7 @@ def engine_options(load: Load) -> EngineOptions:
         context_tokens=load.context_tokens,
         cache_dir=Path(load.cache_dir),
         prefix_cache_bytes=load.prefix_cache_bytes,
+        kernels=load.kernels,
     )
 
 
