@@ -450,7 +450,7 @@ def _planned(target: str) -> str:
 def test_make_install_fetches_a_compiler_only_where_no_other_one_builds_the_kernels():
     shell = _planned("install").replace("\\\n", "")
 
-    first, otherwise, rest = shell.partition("model.kernels.build --require || {")
+    first, otherwise, rest = shell.partition("model.kernels.build --require || test $? -ne 69 || {")
     assert otherwise
     assert "requirements-kernels.lock" not in first
     assert rest.index("requirements-kernels.lock") < rest.index("model.kernels.build; }")

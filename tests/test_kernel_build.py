@@ -190,18 +190,23 @@ def test_cxx_is_tried_first_with_its_options_and_ziglang_last(tmp_path, kernels,
     )
 
 
-@pytest.mark.parametrize(("option", "status"), [((), 0), (("--require",), 1)])
-def test_that_nothing_is_built_is_a_failure_only_if_it_was_required(tmp_path, option, status):
-    copy_kernels(tmp_path, "").joinpath("source", "product.cc").unlink()
+@pytest.mark.parametrize(("option", "statuses"), [((), (0, 0)), (("--require",), (1, 69))])
+def test_that_nothing_is_built_is_a_failure_only_if_it_was_required(tmp_path, option, statuses):
+    """Without a source, and without a compiler: a package that cannot run stands for ziglang."""
+    copy_kernels(tmp_path / "no source", "").joinpath("source", "product.cc").unlink()
+    copy_kernels(tmp_path / "no compiler", tiny_source())
+    for folder in ("no source", "no compiler"):
+        (tmp_path / folder / "ziglang").mkdir()
+        (tmp_path / folder / "ziglang" / "__init__.py").touch()
 
-    command = python(tmp_path, "-m", "model.kernels.build", *option)
-    stdout, stderr = command.communicate()
+        command = python(tmp_path / folder, "-m", "model.kernels.build", *option, PATH="/nowhere")
+        stdout, stderr = command.communicate()
 
-    assert command.returncode == status
-    assert stdout == ""
-    assert stderr.startswith("kernels: not built: ")
-    assert stderr.count("\n") == 1
-    assert ("portable path" in stderr) == (status == 0)
+        assert command.returncode == statuses[folder == "no compiler"]
+        assert stdout == ""
+        outcome = stderr.splitlines()[-1]
+        assert outcome.startswith("kernels: not built: ")
+        assert outcome.endswith("portable path.") == (not option)
 
 
 @needs_a_compiler

@@ -5,8 +5,8 @@ those of the system, and the one in the package ``ziglang`` if that is installed
 its name only after another process has opened it, so builds beside each other, and those that are
 stopped halfway, harm nobody.
 
-One line says what was done. A machine without a compiler is no failure, as the portable path needs
-none; with ``--require`` it is one.
+One line says what was done. That nothing can be built is no failure, as the portable path needs no
+library; with ``--require`` it is one, of a status of its own if a compiler is all that lacks.
 """
 
 import argparse
@@ -33,10 +33,16 @@ _ZIGLANG = ("-m", "ziglang", "c++", "-mcpu=baseline", "-s")
 _COMPILE_SECONDS = 900
 _OPEN_SECONDS = 60
 _SHOWN_LINES = 20
+_EXIT_NOT_BUILT = 1
+_EXIT_NO_COMPILER = 69  # EX_UNAVAILABLE
 
 
 class NotBuilt(Exception):
     """There is no library for the sources. The message is a part of one line."""
+
+
+class NoCompiler(NotBuilt):
+    """Another compiler may build them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,8 @@ def build(directory: Path, candidates: Sequence[Compiler]) -> str:
     """Makes the library of the sources under ``directory``, unless it is there; says what it did.
 
     Raises:
-        NotBuilt: No compiler made one, or there is no place for it.
+        NoCompiler: No compiler made one.
+        NotBuilt: There is nothing to compile, or no place for it.
     """
     target = library_file(directory)
     if target.exists():
@@ -97,7 +104,7 @@ def _build(
         scratch.replace(target)
         return f"built by {compiler.name} in {time.monotonic() - began:.1f} s ({target.name})"
     tried = ", ".join(compiler.name for compiler in candidates)
-    raise NotBuilt(f"no C++ compiler works here (tried {tried or 'none, as none was found'})")
+    raise NoCompiler(f"no C++ compiler works here (tried {tried or 'none, as none was found'})")
 
 
 def _compile(compiler: Compiler, units: Sequence[Path], output: Path) -> str:
@@ -147,7 +154,9 @@ def main() -> int:
     except NotBuilt as error:
         outcome = "" if is_required else "; products take the portable path"
         sys.stderr.write(f"kernels: not built: {error}{outcome}.\n")
-        return 1 if is_required else 0
+        if not is_required:
+            return 0
+        return _EXIT_NO_COMPILER if isinstance(error, NoCompiler) else _EXIT_NOT_BUILT
     sys.stdout.write(f"kernels: {line}\n")
     return 0
 
