@@ -27,12 +27,16 @@ COPY requirements-kernels.lock ./
 RUN python -m pip install --target /opt/compiler \
         --require-hashes --only-binary :all: -r requirements-kernels.lock
 
-# Last, as it changes most often. Kernels are built first, so that the wheel has their library; with
-# the venv's Python, as they belong to its jaxlib.
+# Alone, as it takes minutes and they change seldom. With the venv's Python, as the library belongs to
+# its jaxlib. It lies in the package then, so the wheel has it.
+COPY model/__init__.py model/
+COPY model/kernels model/kernels
+RUN PYTHONPATH=/opt/compiler /opt/venv/bin/python -m model.kernels.build --require
+
+# Last, as it changes most often.
 COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY service service
-RUN PYTHONPATH=/opt/compiler /opt/venv/bin/python -m model.kernels.build --require
 RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
     && python -m pip --python /opt/venv/bin/python install --no-deps --no-index wheels/*.whl
 

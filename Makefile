@@ -27,11 +27,13 @@ $(INSTALLED): requirements.lock requirements-dev.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(INSTALLED)
 
+INSTALL_COMPILER := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-kernels.lock
+
 # The compiler in the third lock file is fetched only where no other one works: it takes 100 MB.
 define BUILD_KERNELS
 @$(BIN)/python -m model.kernels.build --require || test $$? -ne 69 || { \
-	echo "Installing a C++ compiler into $(VENV); with it the build takes 1 to 3 minutes" >&2; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-kernels.lock; \
+	echo "Installing a C++ compiler into $(VENV); its first build takes minutes" >&2; \
+	$(INSTALL_COMPILER); \
 	$(BIN)/python -m model.kernels.build; }
 @touch $(KERNELS)
 endef
@@ -46,7 +48,8 @@ test: static $(KERNELS) ## everything CI runs: import contracts, types, tests (A
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nightly: $(KERNELS) ## long campaigns: answers in company against alone, compilations in a fuzz
-	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_CAMPAIGN_REAL_ANSWERS=500 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py $(ARGS)
+	$(INSTALL_COMPILER)
+	GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_CAMPAIGN_REAL_ANSWERS=500 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py tests/test_kernel_build.py $(ARGS)
 
 bench: $(KERNELS) ## measure the engine beside other implementations, in 40 minutes (ARGS="--quick")
 	$(BIN)/python -m bench $(ARGS)

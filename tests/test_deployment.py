@@ -168,7 +168,7 @@ def test_the_builder_gets_exactly_what_it_copies():
     allowed = {line[1:] for line in lines if line.startswith("!")}
 
     assert "*" in lines
-    assert allowed == copied
+    assert allowed == {source.partition("/")[0] for source in copied}
     assert all((ROOT / source).exists() for source in copied)
     # What no stage copies must not be let in by a pattern.
     assert not any(fnmatch.fnmatch(".git", pattern) for pattern in allowed)
@@ -201,7 +201,7 @@ def test_the_builder_builds_the_kernels_for_the_wheel_with_a_compiler_that_is_no
     assert compiler.endswith("-r requirements-kernels.lock")
     assert build == f"PYTHONPATH={directory} /opt/venv/bin/python -m model.kernels.build --require"
     assert steps.index(compiler) < steps.index(build) < steps.index(wheel)
-    assert steps.index("model model") < steps.index(build)
+    assert steps.index("model/kernels model/kernels") < steps.index(build)
     # Only the venv goes on, and the compiler is not in it.
     assert not directory.startswith("/opt/venv")
     assert _values(final, "COPY") == ["--from=builder /opt/venv /opt/venv"]

@@ -8,9 +8,10 @@ import pytest
 from model.kernels.build import Compiler, NotBuilt, build, compilers
 from model.kernels.exports import instruction_set, open_library
 from model.kernels.sources import library_file
-from tests.kernel_copies import copy_kernels, python, tiny_source
+from tests.kernel_copies import copy_kernels, handling_source, python, tiny_source
 
 COMPILERS = list(compilers())
+ZIGLANG = [compiler for compiler in COMPILERS if compiler.name == "ziglang"]
 needs_a_compiler = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
 # The last word is the file to make.
 LAST = "for last; do :; done\n"
@@ -61,6 +62,21 @@ def test_several_sources_make_one_library_and_may_include_a_header(kernels):
     build(kernels, COMPILERS)
 
     assert instruction_set(open_library(library_file(kernels))) == "neon"
+
+
+@pytest.mark.skipif(not ZIGLANG, reason="a package that make nightly installs")
+@pytest.mark.timeout(1800)
+def test_the_compiler_out_of_a_package_builds_handlers_and_brings_its_library(tmp_path):
+    kernels = copy_kernels(tmp_path, handling_source())
+
+    line = build(kernels, ZIGLANG)
+
+    assert line.startswith("built by ziglang in ")
+    library = library_file(kernels)
+    assert instruction_set(open_library(library)) == "avx2"
+    assert b"libstdc++" not in library.read_bytes()
+    # With symbols it has 5 million bytes.
+    assert library.stat().st_size < 1_000_000
 
 
 def test_the_name_changes_with_names_and_bytes_of_sources_and_with_nothing_else(kernels):

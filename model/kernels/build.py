@@ -30,7 +30,7 @@ _OF_THE_SYSTEM = ("c++", "g++", "clang++")
 # Without -mcpu it compiles for the processor at hand, and the library may run on another. It links
 # the C++ library into ours; -s leaves its symbols out, nine tenths of the file.
 _ZIGLANG = ("-m", "ziglang", "c++", "-mcpu=baseline", "-s")
-_COMPILE_SECONDS = 900
+_COMPILE_SECONDS = 1800
 _OPEN_SECONDS = 60
 _SHOWN_LINES = 20
 _EXIT_NOT_BUILT = 1
