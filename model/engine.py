@@ -130,6 +130,7 @@ class GemmaEngine:
         self._preset = preset
         self._counter = counter
         self._kernels = kernels
+        self._row_buckets = row_buckets(options.num_slots, is_native=kernels.is_native)
         self._traits = layer_traits(self._config)
         num_slots, context = options.num_slots, options.context_tokens
         self._states = SlotStates(
@@ -148,6 +149,7 @@ class GemmaEngine:
             context_tokens=context,
             programs=self._programs,
             copy_blocks=self._copy_blocks,
+            is_native=kernels.is_native,
         )
 
     @property
@@ -159,7 +161,6 @@ class GemmaEngine:
     def info(self) -> EngineInfo:
         """What was loaded."""
         device = jax.devices()[0]
-        rows = row_buckets(self._options.num_slots)
         return EngineInfo(
             preset=self._options.preset,
             preset_digest=self._preset.preset_digest,
@@ -181,7 +182,7 @@ class GemmaEngine:
             packed_prompts=MAX_PACKED_PROMPTS,
             keeps_prefixes=self._prefixes.max_blocks > 0,
             buckets={
-                "decode_rows": [*rows],
+                "decode_rows": [*self._row_buckets],
                 "search_rows": [*self._searches.row_buckets],
                 "prefill_tokens": [*CHUNK_BUCKETS],
             },
@@ -193,7 +194,12 @@ class GemmaEngine:
     def compile(self, progress: Progress, programs_dir: Path) -> None:
         """Makes every program that a request can need, and tries those that are new here."""
         programs = ProgramSet(
-            self._config, self._weights, self._traits, self._states, self._rules.fillers
+            self._config,
+            self._weights,
+            self._traits,
+            self._states,
+            self._rules.fillers,
+            is_native=self._kernels.is_native,
         )
         todo = [*programs.specs(), *self._searches.program_specs(self._states.caches)]
         total = len(todo) + 1.0
@@ -204,7 +210,8 @@ class GemmaEngine:
             texts[spec.name] = lowered.as_text()
             self._programs[spec.name] = lowered.compile()
         progress("compile", total - 1, total)
-        claim = claim_of(texts, self._preset.preset_digest)
+        kernels = f"{self._kernels.name} {self._kernels.library}"
+        claim = claim_of(texts, self._preset.preset_digest, kernels)
         self._self_test = kept_result(programs_dir, claim)
         if self._self_test is None:
             # It runs every program, so there is nothing left to warm up.
@@ -243,7 +250,7 @@ class GemmaEngine:
             may_stop_at=1,
             num_logprobs=1,
         )
-        for bucket in row_buckets(self._options.num_slots):
+        for bucket in self._row_buckets:
             num_rows = min(bucket, self._options.num_slots)
             self.decode([DecodeRow(slot, 0, rules) for slot in range(num_rows)], 1).tokens()
         self._set_caches(self._searches.warm_up(self._states.caches))
@@ -316,10 +323,10 @@ class GemmaEngine:
         self._states = self._states._replace(caches=caches)
 
     def decode(self, rows: Sequence[DecodeRow], num_steps: int) -> DeviceDispatch:
-        """Starts up to ``num_steps`` steps of 1 to ``num_slots`` rows, eight in a program."""
+        """Starts up to ``num_steps`` steps of 1 to ``num_slots`` rows, as many programs as they take."""
         if not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"A dispatch holds 1 to {MAX_STEPS} steps, not {num_steps}.")
-        buckets = row_buckets(self._options.num_slots)
+        buckets = self._row_buckets
         groups = [rows[first : first + buckets[-1]] for first in range(0, len(rows), buckets[-1])]
         parts = []
         for group in groups:

@@ -1,6 +1,6 @@
 """The closed set of an engine's programs, by name:
 
-* ``decode[rows]``: steps of 2, 4 or 8 rows (a lone row runs beside an empty one);
+* ``decode[rows]``: steps of 2, 4 or 8 rows; with native kernels of 1 to 32;
 * ``embed[tokens]`` and ``block[tokens, positions]``: one chunk of prompts, block by block, one
   program for all layers whose cache has the same number of positions;
 * ``begin``: the tokens of a prompt into a slot;
@@ -27,17 +27,19 @@ from model.programs import ProgramSpec
 from model.slot_blocks import put_block, take_block
 from model.slot_copy import copy_slot
 
-ROW_BUCKETS = (2, 4, 8)
+_ROW_BUCKETS = (2, 4, 8)
+_NATIVE_ROW_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
-def row_buckets(num_slots: int) -> tuple[int, ...]:
+def row_buckets(num_slots: int, *, is_native: bool) -> tuple[int, ...]:
     """Row counts of the decode programs for ``num_slots`` slots.
 
-    A lone row runs as two, so that it meets the same products as in company; more than eight rows
-    run as several dispatches, which is faster than one of twelve or sixteen.
+    With XLA's products a lone row runs as two, so that it meets the same ones as in company; more
+    than eight rows run as several dispatches, which is faster than one of twelve or sixteen.
     """
-    needed = next((rows for rows in ROW_BUCKETS if rows >= num_slots), ROW_BUCKETS[-1])
-    return tuple(rows for rows in ROW_BUCKETS if rows <= needed)
+    buckets = _NATIVE_ROW_BUCKETS if is_native else _ROW_BUCKETS
+    needed = next((rows for rows in buckets if rows >= num_slots), buckets[-1])
+    return tuple(rows for rows in buckets if rows <= needed)
 
 
 def write_tokens(
@@ -56,6 +58,7 @@ class ProgramSet:
         traits: Of the layers.
         states: Of the slots.
         rules_of: `RuleRows` of fillers only, for a number of rows.
+        is_native: Decode steps use the native kernels.
     """
 
     def __init__(
@@ -65,17 +68,22 @@ class ProgramSet:
         traits: list[LayerTraits],
         states: SlotStates,
         rules_of: Callable[[int], RuleRows],
+        *,
+        is_native: bool,
     ) -> None:
         self._config = config
         self._weights = weights
         self._traits = traits
         self._states = states
         self._rules_of = rules_of
+        self._is_native = is_native
 
     def specs(self) -> Iterator[ProgramSpec]:
         """All programs."""
         num_slots, context = self._states.tokens.shape
-        yield from (self._decode(rows) for rows in row_buckets(num_slots))
+        yield from (
+            self._decode(rows) for rows in row_buckets(num_slots, is_native=self._is_native)
+        )
         # Layers with the same number of positions share a program; any of them gives the shapes.
         caches = self._states.caches
         layer_of_size = {cache.num_positions: i for i, cache in enumerate(caches)}
@@ -97,7 +105,7 @@ class ProgramSet:
         model = (self._weights, self._traits, self._states)
         return ProgramSpec(
             f"decode[{rows}]",
-            partial(decode_steps, self._config),
+            partial(decode_steps, self._config, is_native=self._is_native),
             (*model, numbers, numbers, self._rules_of(rows), _integers()),
             donated=(2,),
         )

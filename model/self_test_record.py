@@ -33,19 +33,21 @@ _KIND_OF_PROCESSOR = (
 _logger = logging.getLogger(__name__)
 
 
-def claim_of(programs: Mapping[str, str], preset_digest: str) -> str:
+def claim_of(programs: Mapping[str, str], preset_digest: str, kernels: str) -> str:
     """The digest of all that the bits of these programs rest on.
 
     Args:
         programs: Name -> what XLA was asked to compile.
         preset_digest: Of the weights. They choose no instruction, but other numbers may show a
             rounding that these hide.
+        kernels: What the programs call and do not contain.
     """
     facts = {
         "format": _FORMAT,
         "jax": jax.__version__,
         "programs": {name: _digest(text) for name, text in programs.items()},
         "preset": preset_digest,
+        "kernels": kernels,
         # A product is cut to fit the caches, and shared out among threads.
         "processor": _processor(),
         "threads": _num_threads(),

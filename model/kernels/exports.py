@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 # XLA's name of a call -> the function of the library that handles it.
-TARGETS = {"gemma_product": "GemmaProduct"}
+TARGETS = {"gemma_product": "GemmaProduct", "gemma_attention": "GemmaAttention"}
 INSTRUCTION_SETS = ("avx512", "avx2", "neon")
 _CHOSEN = "gemma_kernels_instruction_set"
 

@@ -23,11 +23,13 @@ class Kernels:
         name: The instruction set of native kernels, or ``xla``.
         is_native: Whether the targets of `model.kernels.exports` can be called.
         reason: Why they cannot; empty if they can.
+        library: Name of the file that they are in, which stands for its sources; or empty.
     """
 
     name: str
     is_native: bool
     reason: str
+    library: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})" if self.reason else self.name
@@ -66,7 +68,7 @@ def _loaded() -> Kernels:
         return _portable(f"this processor has none of {', '.join(INSTRUCTION_SETS)}")
     for target, symbol in TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[symbol]), platform="cpu")
-    return Kernels(name, is_native=True, reason="")
+    return Kernels(name, is_native=True, reason="", library=file.name)
 
 
 def _portable(reason: str) -> Kernels:

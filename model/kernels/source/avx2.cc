@@ -69,10 +69,10 @@ inline __m128 four_of(const Lanes& lanes) {
   return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
-#include "four_sums.inc"
-#include "tiles.inc"
+#include "four_sums.h"
+#include "tiles.h"
 
-#include "attend.inc"
+#include "attend.h"
 
 }  // namespace
 }  // namespace gemma::avx2

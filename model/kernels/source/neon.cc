@@ -86,9 +86,9 @@ inline void store_sums(const Lanes (&sums)[Rows][Outputs], float* y, std::int64_
   }
 }
 
-#include "tiles.inc"
+#include "tiles.h"
 
-#include "attend.inc"
+#include "attend.h"
 
 }  // namespace
 }  // namespace gemma::neon

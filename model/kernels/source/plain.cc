@@ -76,7 +76,7 @@ constexpr int kTileRows = 1;
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-#include "attend.inc"
+#include "attend.h"
 
 bool is_available() { return true; }
 

@@ -1,4 +1,4 @@
-// Attention, written once for all instruction sets; included behind tiles.inc, whose product makes
+// Attention, written once for all instruction sets; included behind tiles.h, whose product makes
 // the logits. Lanes also has broadcast(value), store(p), store_first(p, count) and times(value).
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n · exp(r) with |r| <= ln(2) / 2, and the
