@@ -1,18 +1,20 @@
 """The build step of the kernels: which compiler, what is kept, what is said."""
 
 import shlex
+import shutil
 import stat
 
 import pytest
 
 from model.kernels.build import Compiler, NotBuilt, build, compilers
 from model.kernels.exports import instruction_set, open_library
-from model.kernels.sources import library_file
+from model.kernels.sources import DIRECTORY, library_file
 from tests.kernel_copies import copy_kernels, handling_source, python, tiny_source
 
 COMPILERS = list(compilers())
 ZIGLANG = [compiler for compiler in COMPILERS if compiler.name == "ziglang"]
 needs_a_compiler = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
+needs_ziglang = pytest.mark.skipif(not ZIGLANG, reason="a package that make nightly installs")
 # The last word is the file to make.
 LAST = "for last; do :; done\n"
 
@@ -64,7 +66,7 @@ def test_several_sources_make_one_library_and_may_include_a_header(kernels):
     assert instruction_set(open_library(library_file(kernels))) == "neon"
 
 
-@pytest.mark.skipif(not ZIGLANG, reason="a package that make nightly installs")
+@needs_ziglang
 @pytest.mark.timeout(1800)
 def test_the_compiler_out_of_a_package_builds_handlers_and_brings_its_library(tmp_path):
     kernels = copy_kernels(tmp_path, handling_source())
@@ -77,6 +79,20 @@ def test_the_compiler_out_of_a_package_builds_handlers_and_brings_its_library(tm
     assert b"libstdc++" not in library.read_bytes()
     # With symbols it has 5 million bytes.
     assert library.stat().st_size < 1_000_000
+
+
+@needs_ziglang
+@pytest.mark.timeout(1800)
+def test_libraries_of_two_compilers_choose_the_same_instruction_set(tmp_path):
+    """Each compiler has its own way to ask the processor, and one of them is never answered."""
+    chosen = set()
+    for compiler in COMPILERS:
+        kernels = copy_kernels(tmp_path / compiler.name, "")
+        shutil.copytree(DIRECTORY / "source", kernels / "source", dirs_exist_ok=True)
+        build(kernels, [compiler])
+        chosen.add(instruction_set(open_library(library_file(kernels))))
+
+    assert len(chosen) == 1
 
 
 def test_the_name_changes_with_names_and_bytes_of_sources_and_with_nothing_else(kernels):
