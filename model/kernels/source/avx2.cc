@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "processor.h"
 #include "target.h"
 
 GEMMA_BEGIN_TARGET("avx2,fma")
@@ -80,7 +81,7 @@ GEMMA_END_TARGET
 
 namespace gemma {
 namespace {
-bool is_available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool is_available() { return processor().avx2_and_fma; }
 }  // namespace
 const InstructionSet kAvx2{"avx2", is_available, avx2::multiply<float>, avx2::multiply<BFloat16>,
                            avx2::attend};

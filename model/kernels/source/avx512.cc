@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "processor.h"
 #include "target.h"
 
 GEMMA_BEGIN_TARGET("avx512f")
@@ -69,15 +70,15 @@ inline __m128 four_of(Lanes lanes) {
 
 }  // namespace
 }  // namespace gemma::avx512
+GEMMA_END_TARGET
 
 namespace gemma {
 namespace {
-bool is_available() { return __builtin_cpu_supports("avx512f"); }
+bool is_available() { return processor().avx512f; }
 }  // namespace
 const InstructionSet kAvx512{"avx512", is_available, avx512::multiply<float>,
                              avx512::multiply<BFloat16>, avx512::attend};
 }  // namespace gemma
-GEMMA_END_TARGET
 
 #else
 namespace gemma {
