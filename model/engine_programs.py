@@ -117,7 +117,7 @@ class ProgramSet:
         rows = ChunkRows(_integers(1, bucket), each, each, each, each, _integers())
         return ProgramSpec(
             f"block[{bucket},{cache.num_positions}]",
-            partial(prefill_block, self._config),
+            partial(prefill_block, self._config, is_native=self._is_native),
             (self._weights.blocks[layer], self._traits[layer], cache, x, rows),
             donated=(2, 3),
         )

@@ -83,10 +83,18 @@ def prefill_block(
     cache: LayerCache,
     x: Float[Array, "1 seq width"],
     rows: ChunkRows,
+    *,
+    is_native: bool,
 ) -> tuple[Float[Array, "1 seq width"], LayerCache]:
     """The residual stream after one block, and the layer's cache with the chunk in it."""
     packed = PackedPrompts(
-        cache, rows.slots, rows.offsets, rows.lengths, rows.starts, rows.num_prompts
+        cache,
+        rows.slots,
+        rows.offsets,
+        rows.lengths,
+        rows.starts,
+        rows.num_prompts,
+        is_native,
     )
     x, new_cache = block(config, weights, traits, x, rows.positions, rows=packed)
     assert new_cache is not None

@@ -19,7 +19,7 @@ from model.gemma.attention import attend, attend_slot
 from model.gemma.kv_cache import LayerCache
 from model.gemma.norms import rms_norm
 from model.gemma.padded_rows import StepRows, padded_again, real_rows
-from model.gemma.projection import AdapterTerm, projection
+from model.gemma.projection import AdapterTerm, PromptTokens, projection
 from model.gemma.rope import apply_rope, inverse_frequencies
 from model.gemma.weights import BlockWeights
 from model.kernels.attention import decode_attention
@@ -51,7 +51,7 @@ class PackedPrompts(NamedTuple):
 
     Prompt i has ``lengths[i]`` tokens from ``offsets[i]`` on, which are those of slot ``slots[i]``
     from position ``starts[i]`` on, a multiple of the block. Only the first ``num_prompts`` are
-    real.
+    real. ``is_native`` is static: products are made by the native kernel.
     """
 
     cache: LayerCache
@@ -60,6 +60,14 @@ class PackedPrompts(NamedTuple):
     lengths: Int[Array, " prompts"]
     starts: Int[Array, " prompts"]
     num_prompts: Int[Array, ""]
+    is_native: bool = False
+
+    @property
+    def tokens(self) -> PromptTokens | None:
+        """Which tokens are real, if native kernels are to know."""
+        is_prompt = jnp.arange(self.lengths.shape[0]) < self.num_prompts
+        ends = jnp.where(is_prompt, self.offsets + self.lengths, 0)
+        return PromptTokens(jnp.max(ends).astype(jnp.int32)) if self.is_native else None
 
 
 def layer_traits(config: GemmaConfig) -> list[LayerTraits]:
@@ -110,7 +118,9 @@ def block(
     """
     assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
     adapters = adapters or {}
-    step = rows.step if isinstance(rows, SlotRows) else None
+    step = None
+    if rows is not None:
+        step = rows.step if isinstance(rows, SlotRows) else rows.tokens
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
     project = partial(_project, weights, adapters, step)
     query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
@@ -139,7 +149,7 @@ Project = Callable[[str, Array], Array]
 def _project(
     weights: BlockWeights,
     adapters: Mapping[str, AdapterTerm],
-    step: StepRows | None,
+    step: StepRows | PromptTokens | None,
     field: str,
     x: Float[Array, "batch seq in_width"],
 ) -> Float[Array, "batch seq out_width"]:

@@ -1,4 +1,4 @@
-"""The product of a few rows with a weight matrix, as a native custom call of XLA.
+"""The product of rows with a weight matrix, as a native custom call of XLA.
 
 One order of summation for each number of the result, whatever the number of rows, their places and
 the number of threads (`source/product.h` tells which); so a row's bits cannot depend on its company.
@@ -8,36 +8,44 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
 
 TARGET = "gemma_product"
-MAX_ROWS = 32
 
 _WEIGHT_DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-@jax.custom_vjp
 def product(
-    x: Float32[Array, "rows in_width"], weight: Float[Array, "out_width in_width"]
+    x: Float32[Array, "rows in_width"],
+    weight: Float[Array, "out_width in_width"],
+    num_real: Int32[Array, ""] | None = None,
 ) -> Float32[Array, "rows out_width"]:
     """``x · weightᵀ``, summed in float32.
 
     The library must have been loaded (`model.kernels.library`). Gradients are XLA's own products.
 
     Args:
-        x: At most `MAX_ROWS` rows; none give an empty result.
+        x: Any number of rows.
         weight: float32 or bfloat16.
+        num_real: Only that many rows are multiplied, and cost time; the rest give zeros. All of
+            them if None.
 
     Raises:
-        ValueError: While tracing: shapes do not fit, too many rows, or another dtype.
+        ValueError: While tracing: shapes do not fit, or another dtype.
     """
     _check(x, weight)
-    rows, out_width = x.shape[0], weight.shape[0]
-    result = jax.ShapeDtypeStruct((rows, out_width), jnp.float32)
-    if rows == 0 or out_width == 0:
+    count = jnp.int32(x.shape[0]) if num_real is None else num_real
+    return _product(x, weight, count)
+
+
+@jax.custom_vjp
+def _product(x: Array, weight: Array, num_real: Array) -> Array:
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    if 0 in result.shape:
         return jnp.zeros(result.shape, result.dtype)
-    call = jax.ffi.ffi_call(TARGET, result)
-    return call(x, weight)  # type: ignore[no-any-return]
+    multiplied: Array = jax.ffi.ffi_call(TARGET, result)(x, weight, num_real)
+    return multiplied
 
 
 def _check(x: jax.Array, weight: jax.Array) -> None:
@@ -45,8 +53,6 @@ def _check(x: jax.Array, weight: jax.Array) -> None:
         raise ValueError(
             f"x [rows, in] and weight [out, in] were expected, not {x.shape} and {weight.shape}."
         )
-    if x.shape[0] > MAX_ROWS:
-        raise ValueError(f"{x.shape[0]} rows; the kernel takes at most {MAX_ROWS}.")
     if x.dtype != jnp.float32 or weight.dtype not in _WEIGHT_DTYPES:
         raise ValueError(
             "x must be float32 and weight float32 or bfloat16, "
@@ -54,17 +60,21 @@ def _check(x: jax.Array, weight: jax.Array) -> None:
         )
 
 
-_Operands = tuple[Array, Array]
+_Operands = tuple[Array, Array, Array]
 
 
-def _forward(x: Array, weight: Array) -> tuple[Array, _Operands]:
-    return product(x, weight), (x, weight)
+def _forward(x: Array, weight: Array, num_real: Array) -> tuple[Array, _Operands]:
+    return _product(x, weight, num_real), (x, weight, num_real)
 
 
-def _backward(operands: _Operands, cotangent: Array) -> tuple[Array, Array]:
-    x, weight = operands
+def _backward(operands: _Operands, cotangent: Array) -> tuple[Array, Array, np.ndarray]:
+    x, weight, num_real = operands
+    is_real = jnp.arange(x.shape[0]) < num_real
+    real = jnp.where(is_real[:, None], cotangent, 0.0)
     dot = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return dot(cotangent, weight), dot(cotangent.T, x).astype(weight.dtype)
+    # A whole number has no gradient; JAX writes that as float0.
+    nothing = np.zeros((), jax.dtypes.float0)
+    return dot(real, weight), dot(real.T, x).astype(weight.dtype), nothing
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

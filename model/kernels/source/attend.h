@@ -110,7 +110,7 @@ inline void attend(const AttentionPart& part) {
                          part.heads, part.head_dim, count, 0, run});
     done += run;
   }
-  float totals[kMaxRows];
+  float totals[kMaxHeads];
   for (std::int64_t head = 0; head < part.heads; ++head)
     totals[head] = weigh(part.weights + head * count, count, part.logit_cap);
   std::int64_t head = 0;

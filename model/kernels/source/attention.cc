@@ -24,7 +24,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buf
                      ffi::ResultBuffer<ffi::F32> context, float logit_cap) {
   const auto q = query.dimensions(), k = keys.dimensions();
   const bool fits = q.size() == 3 && k.size() == 4 && q[2] == k[3] && k[1] > 0 && q[1] % k[1] == 0 &&
-                    q[1] / k[1] <= kMaxRows && k[2] > 0 && is_same(k, values.dimensions()) &&
+                    q[1] / k[1] <= kMaxHeads && k[2] > 0 && is_same(k, values.dimensions()) &&
                     is_same(q, context->dimensions()) && is_shape(slots.dimensions(), {q[0]}) &&
                     is_shape(positions.dimensions(), {q[0]}) &&
                     is_shape(window_tokens.dimensions(), {});

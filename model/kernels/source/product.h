@@ -21,14 +21,13 @@
 namespace gemma {
 
 inline constexpr std::int64_t kLanes = 16;
-inline constexpr std::int64_t kMaxRows = 32;
 
 // An IEEE 754 binary32 without its lower half.
 struct BFloat16 {
   std::uint16_t bits;
 };
 
-// What one thread works on: all rows, and the outputs [begin, end).
+// What one thread works on: the first `rows` rows, and the outputs [begin, end).
 template <typename Weight>
 struct Part {
   const float* x;        // [rows, in_width]
