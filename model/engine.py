@@ -5,7 +5,8 @@
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from model.presets.resolve import IS_INSTRUCT, open_preset
 from model.programs import CompilationCounter, use_compile_cache
 from model.progress import Progress
 from model.rule_rows import RuleArrays
+from model.score_self_test import compare_scores
+from model.score_slots import SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.scores import Scores, wanted_residuals
 from model.search_slots import BeamStep, CandidateStep, Choice, Extension
 from model.searches import Searches
 from model.self_test import KeysAndValues, compare_bits, read_position
@@ -132,10 +136,12 @@ class GemmaEngine:
         self._kernels = kernels
         self._row_buckets = row_buckets(options.num_slots, is_native=kernels.is_native)
         self._traits = layer_traits(self._config)
-        num_slots, context = options.num_slots, options.context_tokens
+        context = options.context_tokens
+        # Those of texts that are scored stand behind those of sequences.
+        self._num_all_slots = options.num_slots + SCORE_SLOTS
         self._states = SlotStates(
-            jnp.zeros((num_slots, context), jnp.int32),
-            kv_cache.allocate(self._config, num_slots, context, jnp.dtype("float32")),
+            jnp.zeros((self._num_all_slots, context), jnp.int32),
+            kv_cache.allocate(self._config, self._num_all_slots, context, jnp.dtype("float32")),
         )
         self._prefixes = PrefixStore(options.prefix_cache_bytes, block_bytes(self._config))
         self._rules = RuleArrays(self._config.vocabulary_size)
@@ -145,12 +151,14 @@ class GemmaEngine:
             self._config,
             self._weights,
             self._traits,
-            num_slots=num_slots,
+            num_slots=options.num_slots,
+            num_cache_slots=self._num_all_slots,
             context_tokens=context,
             programs=self._programs,
             copy_blocks=self._copy_blocks,
             is_native=kernels.is_native,
         )
+        self._scores = Scores(self._config, self._weights, self._programs)
 
     @property
     def num_compilations(self) -> int:
@@ -200,8 +208,13 @@ class GemmaEngine:
             self._states,
             self._rules.fillers,
             is_native=self._kernels.is_native,
+            num_slots=self._options.num_slots,
         )
-        todo = [*programs.specs(), *self._searches.program_specs(self._states.caches)]
+        todo = [
+            *programs.specs(),
+            *self._searches.program_specs(self._states.caches),
+            *self._scores.program_specs(),
+        ]
         total = len(todo) + 1.0
         texts = {}
         for done, spec in enumerate(todo):
@@ -215,7 +228,9 @@ class GemmaEngine:
         self._self_test = kept_result(programs_dir, claim)
         if self._self_test is None:
             # It runs every program, so there is nothing left to warm up.
-            self._self_test = compare_bits(self)
+            passed = compare_bits(self)
+            num_compared = passed.num_comparisons + compare_scores(self)
+            self._self_test = replace(passed, num_comparisons=num_compared)
             keep_result(programs_dir, claim, self._self_test)
         else:
             self._warm_up()
@@ -254,6 +269,8 @@ class GemmaEngine:
             num_rows = min(bucket, self._options.num_slots)
             self.decode([DecodeRow(slot, 0, rules) for slot in range(num_rows)], 1).tokens()
         self._set_caches(self._searches.warm_up(self._states.caches))
+        residual = np.zeros(self._config.hidden_dim, np.float32)
+        self.measure([AskedPlace(residual, (0,), num_top=1)])
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""
@@ -267,9 +284,34 @@ class GemmaEngine:
         """Writes keys and values, one layer between two values that are taken."""
         for chunk in chunks:
             self._check_chunk(chunk, is_alone=len(chunks) == 1)
+            if chunk.start % BLOCK_TOKENS:
+                raise SequenceTooLong(
+                    f"A chunk of a prompt cannot start at {chunk.start}: it starts at a multiple "
+                    f"of {BLOCK_TOKENS}."
+                )
+        x = yield from self._run_blocks(chunks)
+        self._searches.note_chunks(chunks, x)
+
+    def read(self, chunks: Sequence[ScoreChunk]) -> Generator[None, None, list[Residual]]:
+        """Reads chunks of texts; see `model.score_slots`."""
+        first = self._options.num_slots
+        placed = [PromptChunk(first + each.slot, each.token_ids, each.start) for each in chunks]
+        for chunk in placed:
+            self._check_chunk(chunk, is_alone=len(chunks) == 1)
+        x = yield from self._run_blocks(placed)
+        return wanted_residuals(chunks, x)
+
+    def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
+        """Log-probabilities behind places that were read."""
+        for place in places:
+            self._check_tokens(place.token_ids)
+        return self._scores.measure(places)
+
+    def _run_blocks(self, chunks: Sequence[PromptChunk]) -> Generator[None, None, jax.Array]:
+        """The residual stream of chunks after the last block; one layer between two values."""
         token_ids, rows = chunk_of(chunks)
         bucket = token_ids.shape[1]
-        x = self._programs[f"embed[{bucket}]"](self._weights.embeddings, token_ids)
+        x: jax.Array = self._programs[f"embed[{bucket}]"](self._weights.embeddings, token_ids)
         for layer, weights in enumerate(self._weights.blocks):
             cache = self._states.caches[layer]
             program = self._programs[f"block[{bucket},{cache.num_positions}]"]
@@ -277,7 +319,7 @@ class GemmaEngine:
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
             yield
-        self._searches.note_chunks(chunks, x)
+        return x
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         """Gives ``targets`` the first ``num_tokens`` positions of ``source``, in whole blocks."""
@@ -331,7 +373,7 @@ class GemmaEngine:
         parts = []
         for group in groups:
             bucket = next(size for size in buckets if size >= len(group))
-            slots = np.full(bucket, self._options.num_slots, np.int32)
+            slots = np.full(bucket, self._num_all_slots, np.int32)
             positions = np.zeros(bucket, np.int32)
             for index, row in enumerate(group):
                 slots[index], positions[index] = row.slot, row.position
@@ -387,11 +429,13 @@ class GemmaEngine:
         self._check_tokens(chunk.token_ids)
         num_tokens, context = len(chunk.token_ids), self._options.context_tokens
         longest = BLOCK_TOKENS if is_alone else PACKED_TOKENS
-        fits = 1 <= num_tokens <= longest and chunk.start + num_tokens <= context
-        if chunk.start % BLOCK_TOKENS or not fits:
+        end = chunk.start + num_tokens
+        is_in_one_block = chunk.start // BLOCK_TOKENS == (end - 1) // BLOCK_TOKENS
+        if not (1 <= num_tokens <= longest and end <= context and is_in_one_block):
             raise SequenceTooLong(
-                f"A chunk of {num_tokens} tokens cannot start at {chunk.start}: chunks start at "
-                f"multiples of {BLOCK_TOKENS}, hold 1 to {longest} tokens and end within {context}."
+                f"A chunk of {num_tokens} tokens cannot start at {chunk.start}: chunks hold 1 to "
+                f"{longest} tokens, end within {context} and lie within {BLOCK_TOKENS} tokens from "
+                "a multiple of it."
             )
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:

@@ -7,7 +7,7 @@
 * ``copy``: blocks of one slot into another slot, all layers;
 * ``take`` and ``put``: one block of a slot, all layers, out of the caches and back.
 
-Those of searches are in `model.searches`.
+Those of searches are in `model.searches`, that of scores in `model.scores`.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,6 +59,7 @@ class ProgramSet:
         states: Of the slots.
         rules_of: `RuleRows` of fillers only, for a number of rows.
         is_native: Decode steps use the native kernels.
+        num_slots: In which sequences are decoded.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ProgramSet:
         rules_of: Callable[[int], RuleRows],
         *,
         is_native: bool,
+        num_slots: int,
     ) -> None:
         self._config = config
         self._weights = weights
@@ -77,12 +79,13 @@ class ProgramSet:
         self._states = states
         self._rules_of = rules_of
         self._is_native = is_native
+        self._num_slots = num_slots
 
     def specs(self) -> Iterator[ProgramSpec]:
         """All programs."""
-        num_slots, context = self._states.tokens.shape
+        context = self._states.tokens.shape[1]
         yield from (
-            self._decode(rows) for rows in row_buckets(num_slots, is_native=self._is_native)
+            self._decode(rows) for rows in row_buckets(self._num_slots, is_native=self._is_native)
         )
         # Layers with the same number of positions share a program; any of them gives the shapes.
         caches = self._states.caches

@@ -58,7 +58,8 @@ class Searches:
         config: Of the model.
         weights: Of the model.
         traits: Of its layers.
-        num_slots: Of the caches.
+        num_slots: In which sequences are searched for.
+        num_cache_slots: Of the caches.
         context_tokens: Positions of a sequence.
         programs: Of the engine, filled by it.
         copy_blocks: Gives one slot blocks of another.
@@ -72,6 +73,7 @@ class Searches:
         traits: list[LayerTraits],
         *,
         num_slots: int,
+        num_cache_slots: int,
         context_tokens: int,
         programs: dict[str, Callable[..., Any]],
         copy_blocks: CopyBlocks,
@@ -81,7 +83,7 @@ class Searches:
         self._config = config
         self._weights = weights
         self._traits = traits
-        self._num_slots = num_slots
+        self._num_cache_slots = num_cache_slots
         self._num_positions = -(-context_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         self._programs = programs
         self._copy_blocks = copy_blocks
@@ -163,7 +165,7 @@ class Searches:
             return caches
         for bucket in self.row_buckets:
             filler = [0] * bucket
-            caches = self.advance(caches, filler, filler, [self._num_slots] * bucket).caches
+            caches = self.advance(caches, filler, filler, [self._num_cache_slots] * bucket).caches
         caches, _ = self.step_beams(caches, BeamStep((0,), (Beam(0, 0, 0.0),), 0, 0, _WARM_RULES))
         self.keep_hidden(0)
         self._note_chunk(0, np.zeros((1, 1, self._config.hidden_dim), np.float32), 0)
@@ -181,7 +183,7 @@ class Searches:
             caches,
             [0 if beam is None else beam.token_id for beam in live],
             [0 if beam is None else step.position for beam in live],
-            [self._num_slots if beam is None else beam.slot for beam in live],
+            [self._num_cache_slots if beam is None else beam.slot for beam in live],
         )
         found: BeamOutputs = jax.device_get(
             self._programs["beam"](
@@ -243,7 +245,7 @@ class Searches:
             caches,
             _column(token_ids, bucket, np.int32, 0),
             _column(positions, bucket, np.int32, 0),
-            _column(slots, bucket, np.int32, self._num_slots),
+            _column(slots, bucket, np.int32, self._num_cache_slots),
         )
         return rows
 
@@ -255,7 +257,7 @@ class Searches:
         alpha: float,
     ) -> CandidateRows:
         return CandidateRows(
-            slots=_column(slots, SEARCH_ROWS, np.int32, self._num_slots),
+            slots=_column(slots, SEARCH_ROWS, np.int32, self._num_cache_slots),
             probabilities=_column(probabilities, SEARCH_ROWS, np.float32, 0),
             position=jnp.asarray(np.int32(position)),
             alpha=jnp.asarray(np.float32(alpha)),

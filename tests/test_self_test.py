@@ -12,6 +12,7 @@ import pytest
 from model.engine import load
 from model.errors import SelfTestFailed
 from model.progress import no_progress
+from model.score_self_test import compare_scores
 from model.self_test import compare_bits
 from model.self_test_record import claim_of, keep_result, kept_result
 from model.slots import EngineInfo, EngineOptions, SampledToken, SelfTest
@@ -28,6 +29,8 @@ from tests.service_process import REPOSITORY, command
 CHUNKS = (64, 128, 256)
 # The last: four beams and a candidate against steps, then three and four rows of a search.
 PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7)
+# A continuation of 11 tokens in three companies, and a full batch of the head.
+NUM_SCORES = 3 * 11 + 32
 
 
 class Tape:
@@ -256,8 +259,11 @@ def test_a_difference_behind_the_first_block_is_found():
 
 @pytest.mark.parametrize("name", goldens.TINY_PRESETS)
 def test_the_programs_of_every_family_pass_and_info_says_so(name, engine_of):
-    assert engine_of(name).info.self_test == PASSED
-    assert compare_bits(engine_of(name)) == PASSED
+    engine = engine_of(name)
+    assert compare_bits(engine) == PASSED
+    assert compare_scores(engine) == NUM_SCORES
+    num_compared = PASSED.num_comparisons + NUM_SCORES
+    assert engine.info.self_test == replace(PASSED, num_comparisons=num_compared)
 
 
 def test_one_unit_in_one_row_of_a_compiled_step_is_found(engine_of, monkeypatch):
@@ -290,6 +296,36 @@ def test_one_unit_in_one_key_of_a_compiled_chunk_is_found(engine_of, monkeypatch
     monkeypatch.setitem(engine._programs, name, uneven)
     with pytest.raises(SelfTestFailed, match=r"Position 8 .* among 97 tokens than among 128 on"):
         compare_bits(engine)
+
+
+def test_one_unit_in_one_score_of_a_compiled_program_is_found(engine_of, monkeypatch):
+    engine = engine_of("gemma3_tiny")
+    program = engine._programs["score"]
+
+    def uneven(weights, x, asked):
+        outputs = program(weights, x, asked)
+        logprobs = np.array(outputs.logprobs)
+        logprobs[5] = up(logprobs[5])
+        return outputs._replace(logprobs=logprobs)
+
+    monkeypatch.setitem(engine._programs, "score", uneven)
+    with pytest.raises(SelfTestFailed, match="token that is scored gets other bits among 32"):
+        compare_scores(engine)
+
+
+def test_one_unit_in_one_residual_of_a_text_in_company_is_found(engine_of, monkeypatch):
+    engine = engine_of("gemma3_tiny")
+    read = engine.read
+
+    def uneven(chunks):
+        residuals = yield from read(chunks)
+        if len(chunks) == 4:
+            residuals[10][7] = up(residuals[10][7])
+        return residuals
+
+    monkeypatch.setattr(engine, "read", uneven)
+    with pytest.raises(SelfTestFailed, match=r"Token 31 of a text .* among 4 than alone"):
+        compare_scores(engine)
 
 
 # --- the record -------------------------------------------------------------------------------
@@ -372,7 +408,8 @@ def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
     view.info = server_info(engine.info)
     shown = asyncio.run(ops.info(state)).model_dump()["self_test"]
     assert shown == {
-        "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS], "comparisons": 183,
+        "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS],
+        "comparisons": 183 + NUM_SCORES,
     }  # fmt: skip
     view.info = server_info(replace(engine.info, self_test=None))
     assert asyncio.run(ops.info(state)).self_test is None

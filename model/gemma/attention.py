@@ -61,6 +61,7 @@ def attend_slot(
     window_tokens: Int[Array, ""],
     *,
     logit_cap: float | None,
+    last_position: Int[Array, ""] | None = None,
 ) -> Float[Array, "seq heads head_dim"]:
     """Attention of consecutive queries of one sequence over its slot, which already holds them.
 
@@ -76,12 +77,15 @@ def attend_slot(
         positions: Absolute, ascending by one.
         window_tokens: Width of the sliding window; `masks.UNLIMITED_WINDOW_TOKENS` for none.
         logit_cap: Soft cap on the logits, before the mask.
+        last_position: Of the sequence so far, if some queries are padding behind it.
 
     Source: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3.
     """
     seq, heads, head_dim = query.shape
     kv_heads = cache.keys.shape[1]
     grouped = query.reshape(seq, kv_heads, heads // kv_heads, head_dim)
+    if last_position is None:
+        last_position = positions[-1]
     first_block = jnp.maximum(positions[0] - window_tokens + 1, 0) // BLOCK_TOKENS
     end_block = positions[-1] // BLOCK_TOKENS + 1
 
@@ -92,9 +96,9 @@ def attend_slot(
         keys = kv_cache.read_block(cache.keys, slot, block)
         values = kv_cache.read_block(cache.values, slot, block)
         key_positions = block * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS, dtype=positions.dtype)
-        # What lies beyond the last query is another sequence's. A weight of zero does not hide it
+        # What lies beyond the last token is another sequence's. A weight of zero does not hide it
         # if it is NaN.
-        is_own = (key_positions <= positions[-1])[None, :, None]
+        is_own = (key_positions <= last_position)[None, :, None]
         values = jnp.where(is_own, values, jnp.zeros((), values.dtype))
         where = masks.visible(positions, key_positions, window_tokens)[None, None]
         logits = soft_cap(jnp.einsum("tkgh,ksh->kgts", grouped, keys), logit_cap)

@@ -27,6 +27,10 @@ from model.kernels.attention import decode_attention
 Residual = Float[Array, "batch seq width"]
 Intervention = Callable[[Residual], Residual]
 
+# Queries of one prompt that attend together where several prompts share a chunk. With more of them
+# a short prompt costs more than it needs; with 8, one of 64 tokens costs what it does in one go.
+_TILE_TOKENS = 8
+
 
 class LayerTraits(NamedTuple):
     """What differs between layers besides their weights."""
@@ -50,8 +54,9 @@ class PackedPrompts(NamedTuple):
     """A layer's cache and the prompts that lie one behind the other in the one row of a batch.
 
     Prompt i has ``lengths[i]`` tokens from ``offsets[i]`` on, which are those of slot ``slots[i]``
-    from position ``starts[i]`` on, a multiple of the block. Only the first ``num_prompts`` are
-    real. ``is_native`` is static: products are made by the native kernel.
+    from position ``starts[i]`` on, all within one block. Only the first ``num_prompts`` are real.
+    Several may stand in one slot, one after another: each sees what the ones before it wrote.
+    ``is_native`` is static: the native kernels compute.
     """
 
     cache: LayerCache
@@ -229,13 +234,14 @@ def _attend_prompts(
     value: Float[Array, "1 seq kv_heads head_dim"],
     prompts: PackedPrompts,
 ) -> tuple[Float[Array, "1 seq heads head_dim"], LayerCache]:
-    """Attention prompt by prompt, each in the shape of the whole chunk and at its beginning.
+    """Attention prompt by prompt, each from its beginning in tiles of a fixed shape.
 
-    So a prompt meets the same program, and gets the same bits, alone and behind others. Zeros are
-    written behind its last token: a neighbour that is not finite must not get into its slot. What
-    it leaves there in the result is overwritten by the next prompt.
+    So a prompt meets the same instructions, and gets the same bits, alone and behind others, and
+    costs what its own tokens cost. Only these are written: a neighbour that is not finite must not
+    get into its slot. What a tile leaves behind a prompt is overwritten by the next one.
     """
     seq = query.shape[1]
+    tile = min(seq, _TILE_TOKENS) if prompts.slots.shape[0] > 1 else seq
     # Room for a prompt that begins at the last token.
     query, key, value = (
         jnp.concatenate([x, jnp.zeros_like(x)], axis=1) for x in (query, key, value)
@@ -246,28 +252,30 @@ def _attend_prompts(
     ) -> tuple[Array, LayerCache]:
         context, cache = carry
         offset, slot = prompts.offsets[index], prompts.slots[index]
-        places = jnp.arange(seq, dtype=jnp.int32)
-        positions = prompts.starts[index] + places
-        is_own = (places < prompts.lengths[index])[None, :, None, None]
+        start, length = prompts.starts[index], prompts.lengths[index]
 
         def own(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, offset, seq, axis=1)
+            return jax.lax.dynamic_slice_in_dim(x, offset, seq, axis=1)[0]
 
-        def own_or_zero(x: Array) -> Array:
-            return jnp.where(is_own, own(x), jnp.zeros((), x.dtype))
+        cache = kv_cache.write_prompt(cache, slot, start, length, own(key), own(value))
 
-        cache = kv_cache.write(
-            cache, slot[None], positions[None], own_or_zero(key), own_or_zero(value)
-        )
-        attended = attend_slot(
-            own(query)[0],
-            cache,
-            slot,
-            positions,
-            traits.window_tokens,
-            logit_cap=config.attention_soft_cap,
-        )
-        return jax.lax.dynamic_update_slice_in_dim(context, attended[None], offset, axis=1), cache
+        def add_tile(number: Int[Array, ""], context: Array) -> Array:
+            place = number * tile
+            attended = attend_slot(
+                jax.lax.dynamic_slice_in_dim(query, offset + place, tile, axis=1)[0],
+                cache,
+                slot,
+                start + place + jnp.arange(tile, dtype=jnp.int32),
+                traits.window_tokens,
+                logit_cap=config.attention_soft_cap,
+                last_position=start + length - 1,
+            )
+            return jax.lax.dynamic_update_slice_in_dim(
+                context, attended[None], offset + place, axis=1
+            )
+
+        num_tiles = (length + (tile - 1)) // tile
+        return jax.lax.fori_loop(0, num_tiles, add_tile, context), cache
 
     start = (jnp.zeros_like(query), prompts.cache)
     context, cache = jax.lax.fori_loop(0, prompts.num_prompts, add_prompt, start)

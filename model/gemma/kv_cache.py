@@ -53,7 +53,7 @@ def write(
 ) -> LayerCache:
     """The cache with each row's new keys and values at its own slot and positions.
 
-    A single token per row (a decode step) may name the slot ``num_slots``, which does not exist:
+    A single token per row (a decode step) may name the slot that does not exist:
     its write is dropped. That is how a row that only fills up a batch leaves no trace. A chunk
     must name real slots, start at a block boundary and hold consecutive positions.
     """
@@ -72,6 +72,38 @@ def write(
         new_keys = jax.lax.dynamic_update_slice(new_keys, chunk_keys, start)
         new_values = jax.lax.dynamic_update_slice(new_values, chunk_values, start)
     return LayerCache(new_keys, new_values)
+
+
+def write_prompt(
+    cache: LayerCache,
+    slot: Int[Array, ""],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    keys: Float[Array, "seq kv_heads head_dim"],
+    values: Float[Array, "seq kv_heads head_dim"],
+) -> LayerCache:
+    """The cache with the first ``length`` keys and values at ``start`` and behind it.
+
+    They lie within one block. What stands around them stays.
+    """
+    seq, offset = keys.shape[0], start % cache.num_positions
+    # Near the end of the cache the shape of all that is given reaches back.
+    first = jnp.minimum(offset, cache.num_positions - seq)
+    shift = offset - first
+    places = jnp.arange(seq, dtype=jnp.int32)
+    is_own = ((places >= shift) & (places < shift + length))[None, None, :, None]
+
+    def written(
+        array: Float[Array, "slots kv_heads cache head_dim"],
+        new: Float[Array, "seq kv_heads head_dim"],
+    ) -> Float[Array, "slots kv_heads cache head_dim"]:
+        zero = jnp.zeros((), offset.dtype)
+        corner = (slot.astype(offset.dtype), zero, first, zero)
+        moved = jnp.roll(new, shift, axis=0).swapaxes(0, 1)[None]  # [1, K, L, H]
+        before = jax.lax.dynamic_slice(array, corner, moved.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(is_own, moved, before), corner)
+
+    return LayerCache(written(cache.keys, keys), written(cache.values, values))
 
 
 def read_block(

@@ -1,0 +1,130 @@
+"""What is told of a score: likelihoods of given tokens, from the residual stream before each.
+
+A fixed number of places goes through the head together, whoever they belong to; so the memory that
+it takes does not grow with the length of a text. The product always has the same shape, and
+everything else is done place by place, so neither a neighbour nor the number of them changes a bit.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from model.config import GemmaConfig
+from model.gemma.forward import head
+from model.gemma.weights import GemmaWeights
+from model.slots import MAX_LOGPROBS
+
+
+class AskedRows(NamedTuple):
+    """Places, and what is asked about them; only the first of each are real.
+
+    Attributes:
+        num_rows: Real places.
+        wants_top: Places whose likeliest tokens are told.
+        num_pairs: Real pairs.
+        pair_rows: The place of each pair.
+        pair_ids: The token of each pair.
+    """
+
+    num_rows: Int[Array, ""]
+    wants_top: Bool[Array, " rows"]
+    num_pairs: Int[Array, ""]
+    pair_rows: Int[Array, " pairs"]
+    pair_ids: Int[Array, " pairs"]
+
+
+class HeadOutputs(NamedTuple):
+    """Logits of every place, and what was asked.
+
+    Attributes:
+        logits: Of the model's own distribution.
+        is_finite: Of each place; nothing else of it is valid if not.
+        logprobs: Of each pair.
+        ranks: Of each pair: tokens that are likelier, or as likely and of a lower id.
+        top_ids: Of each place, best first; zeros where they were not asked for.
+        top_logprobs: Theirs.
+    """
+
+    logits: Float[Array, "rows vocab"]
+    is_finite: Bool[Array, " rows"]
+    logprobs: Float[Array, " pairs"]
+    ranks: Int[Array, " pairs"]
+    top_ids: Int[Array, "rows top"]
+    top_logprobs: Float[Array, "rows top"]
+
+
+def score_rows(
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    x: Float[Array, "rows width"],
+    asked: AskedRows,
+) -> HeadOutputs:
+    """Final norm, tied table, and what is asked of the result.
+
+    Args:
+        config: Architecture (static).
+        weights: Of the model.
+        x: The residual stream after the last block, at each place.
+        asked: About them.
+    """
+    logits = head(config, weights, x[None])[0].astype(jnp.float32)
+    # What follows goes row by row and must not be fused with what has all rows.
+    logits = jax.lax.optimization_barrier(logits)
+    (rows, vocab), pairs = logits.shape, asked.pair_ids.shape[0]
+    num_top = min(MAX_LOGPROBS, vocab)
+    nothing = _RowMeasures(
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, bool),
+        jnp.zeros((rows, num_top), jnp.int32),
+        jnp.zeros((rows, num_top), jnp.float32),
+    )
+
+    def measure_row(row: Int[Array, ""], found: _RowMeasures) -> _RowMeasures:
+        measured = _measure(logits[row], asked.wants_top[row], num_top)
+        each = zip(found, measured, strict=True)
+        return _RowMeasures(*(all_.at[row].set(new) for all_, new in each))
+
+    of_rows = jax.lax.fori_loop(0, asked.num_rows, measure_row, nothing)
+
+    def measure_pair(pair: Int[Array, ""], found: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, token_id = asked.pair_rows[pair], asked.pair_ids[pair]
+        logit = logits[row, token_id]
+        is_before = jnp.arange(vocab, dtype=jnp.int32) < token_id
+        comes_first = (logits[row] > logit) | ((logits[row] == logit) & is_before)
+        logprobs, ranks = found
+        rank = jnp.sum(comes_first.astype(jnp.int32))
+        return logprobs.at[pair].set(logit - of_rows.total[row]), ranks.at[pair].set(rank)
+
+    no_pairs = (jnp.zeros(pairs, jnp.float32), jnp.zeros(pairs, jnp.int32))
+    logprobs, ranks = jax.lax.fori_loop(0, asked.num_pairs, measure_pair, no_pairs)
+    return HeadOutputs(
+        logits, of_rows.is_finite, logprobs, ranks, of_rows.top_ids, of_rows.top_logprobs
+    )
+
+
+class _RowMeasures(NamedTuple):
+    """Of one place, or of all."""
+
+    total: Float[Array, "*rows"]
+    is_finite: Bool[Array, "*rows"]
+    top_ids: Int[Array, "*rows top"]
+    top_logprobs: Float[Array, "*rows top"]
+
+
+def _measure(
+    logits: Float[Array, " vocab"], wants_top: Bool[Array, ""], num_top: int
+) -> _RowMeasures:
+    total = jax.nn.logsumexp(logits)
+
+    def likeliest() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(logits, num_top)
+        return ids.astype(jnp.int32), values - total
+
+    def nothing() -> tuple[Array, Array]:
+        return jnp.zeros(num_top, jnp.int32), jnp.zeros(num_top, jnp.float32)
+
+    # One bad logit is enough: NaN reaches the maximum, and so does +inf.
+    is_finite = jnp.isfinite(jnp.max(logits))
+    return _RowMeasures(total, is_finite, *jax.lax.cond(wants_top, likeliest, nothing))

@@ -1,0 +1,104 @@
+"""The host's side of scores: residuals out of a chunk, and arguments and results of the head.
+
+One program, ``score``, made and tried with those of the engine. Residuals wait on the host, so that
+places of several chunks can go through the head together.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import GemmaConfig
+from model.gemma.weights import GemmaWeights
+from model.programs import ProgramSpec
+from model.score_head import AskedRows, HeadOutputs, score_rows
+from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, PlaceScore, ScoreChunk
+from model.slots import MAX_LOGPROBS
+
+
+class Scores:
+    """The scores of one engine.
+
+    Args:
+        config: Of the model.
+        weights: Of the model.
+        programs: Of the engine, filled by it.
+    """
+
+    def __init__(
+        self, config: GemmaConfig, weights: GemmaWeights, programs: dict[str, Callable[..., Any]]
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._programs = programs
+
+    def program_specs(self) -> list[ProgramSpec]:
+        """What is to be compiled."""
+        x = jax.ShapeDtypeStruct((HEAD_ROWS, self._config.hidden_dim), jnp.float32)
+        asked = _asked_rows(())
+        return [ProgramSpec("score", partial(score_rows, self._config), (self._weights, x, asked))]
+
+    def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
+        """See `model.score_slots.ScoreEngine.measure`."""
+        num_pairs = sum(len(place.token_ids) for place in places)
+        if len(places) > HEAD_ROWS or num_pairs > HEAD_PAIRS:
+            raise ValueError(
+                f"{len(places)} places and {num_pairs} tokens were given; at most {HEAD_ROWS} and "
+                f"{HEAD_PAIRS} are measured together."
+            )
+        x = np.zeros((HEAD_ROWS, self._config.hidden_dim), np.float32)
+        for row, place in enumerate(places):
+            x[row] = place.residual
+        outputs: HeadOutputs = self._programs["score"](self._weights, x, _asked_rows(places))
+        # All but the logits, which stay where they are.
+        is_finite, logprobs, ranks, top_ids, top_logprobs = jax.device_get(tuple(outputs)[1:])
+        scores = []
+        pair = 0
+        for row, place in enumerate(places):
+            end = pair + len(place.token_ids)
+            scores.append(
+                PlaceScore(
+                    logprobs=tuple(logprobs[pair:end].tolist()),
+                    ranks=tuple(ranks[pair:end].tolist()),
+                    top=tuple(
+                        zip(
+                            top_ids[row, : place.num_top].tolist(),
+                            top_logprobs[row, : place.num_top].tolist(),
+                            strict=True,
+                        )
+                    ),
+                    is_finite=bool(is_finite[row]),
+                )
+            )
+            pair = end
+        return scores
+
+
+def wanted_residuals(chunks: Sequence[ScoreChunk], x: jax.Array) -> list[np.ndarray]:
+    """Those of chunks that were read together: ``x`` has them one behind the other."""
+    on_host = np.asarray(x)[0]
+    residuals = []
+    offset = 0
+    for chunk in chunks:
+        # Copies: a view would keep the whole chunk.
+        residuals += [on_host[offset + place].copy() for place in chunk.wanted]
+        offset += len(chunk.token_ids)
+    return residuals
+
+
+def _asked_rows(places: Sequence[AskedPlace]) -> AskedRows:
+    wants_top = np.zeros(HEAD_ROWS, bool)
+    pairs = np.zeros((2, HEAD_PAIRS), np.int32)
+    num_pairs = 0
+    for row, place in enumerate(places):
+        assert 0 <= place.num_top <= MAX_LOGPROBS, "admission bounds the alternatives"
+        wants_top[row] = place.num_top > 0
+        for token_id in place.token_ids:
+            pairs[:, num_pairs] = row, token_id
+            num_pairs += 1
+    numbers = (np.int32(len(places)), wants_top, np.int32(num_pairs), *pairs)
+    return AskedRows(*map(jnp.asarray, numbers))
