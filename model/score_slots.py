@@ -17,11 +17,13 @@ the next text of the same call may have it too.
 Only the standard library is imported here, as in `model.slots`.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from model.progress import Progress
 from model.search_slots import SearchEngine
+from model.slots import EngineOptions
 
 # Texts that may be half read at once.
 SCORE_SLOTS = 3
@@ -94,3 +96,6 @@ class ScoreEngine(SearchEngine, Protocol):
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
         """Takes at most `HEAD_ROWS` places with at most `HEAD_PAIRS` tokens in all."""
+
+
+ScoreEngineLoader = Callable[[EngineOptions, Progress], ScoreEngine]

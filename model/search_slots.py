@@ -21,12 +21,10 @@ hidden states::
 Only the standard library is imported here, as in `model.slots`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from model.progress import Progress
-from model.slots import Engine, EngineOptions, SampledToken
+from model.slots import Engine, SampledToken
 
 # Of beams, and of candidates.
 MAX_WIDTH = 8
@@ -152,6 +150,3 @@ class SearchEngine(Engine, Protocol):
 
     def step_candidates(self, step: CandidateStep) -> Choice | None:
         """The best of the candidates; None if the logits of one held NaN or infinity."""
-
-
-SearchEngineLoader = Callable[[EngineOptions, Progress], SearchEngine]

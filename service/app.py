@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from service.api import generate, ops, problems, requests
+from service.api import generate, ops, problems, requests, score
 from service.api.state import ServiceState
 from service.edge import edge_middleware
 from service.observability import CountRequests
@@ -39,6 +39,7 @@ def create_app(state: ServiceState) -> FastAPI:
     )
     app.state.service = state
     app.include_router(generate.router)
+    app.include_router(score.router)
     app.include_router(requests.router)
     app.include_router(ops.router)
     problems.install(app)

@@ -5,9 +5,11 @@
     + MalformedJson           400
     + NotFound                404
     + RequestNotFound         404
+    + ModelNotFound           404
     + MethodNotAllowed        405
     + NotAcceptable           406
     + BodyTimeout             408
+    + RequestCancelled        409
     + BodyTooLarge            413
     + UnsupportedMediaType    415
     + InvalidField            422
@@ -100,6 +102,14 @@ class RequestNotFound(RequestError):
     title = "Request not found"
 
 
+class ModelNotFound(RequestError):
+    """No model of that name is served here."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "model_not_found"
+    title = "Model not found"
+
+
 class MethodNotAllowed(RequestError):
     """The path exists, but not for this method."""
 
@@ -123,6 +133,14 @@ class BodyTimeout(RequestError):
     code = "body_timeout"
     title = "Body did not arrive in time"
     retryable = True
+
+
+class RequestCancelled(RequestError):
+    """Somebody cancelled it before there was anything to answer with."""
+
+    status = HTTPStatus.CONFLICT
+    code = "request_cancelled"
+    title = "Request was cancelled"
 
 
 class BodyTooLarge(RequestError):

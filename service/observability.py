@@ -11,7 +11,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import leaves
+from service.errors import DeadlineExceeded, RequestCancelled, leaves
 
 # A second series for every counter, with the time of its creation, which nobody asked for.
 disable_created_metrics()
@@ -31,9 +31,22 @@ _REQUEST_BUCKETS = (
 )
 _FINISH_REASONS = ("stop", "length", "timeout", "cancelled")
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-_ROUTES = ("/generate", "/health", "/ready", "/info", "/metrics", "/openapi.json", "/docs")
+_ROUTES = (
+    "/generate",
+    "/score",
+    "/health",
+    "/ready",
+    "/info",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+)
 _OTHER = "other"
-_OPERATION = "generate"
+# Of a score there is no reason to end but that everything is known.
+_DONE = "stop"
+_GENERATE = "generate"
+_SCORE = "score"
+_OPERATIONS = (_GENERATE, _SCORE)
 _BASE = "base"
 
 
@@ -145,24 +158,24 @@ class Metrics:
         self._create_label_sets()
 
     def _create_label_sets(self) -> None:
-        for gauge in (self.requests_running, self.requests_waiting):
-            gauge.labels(_OPERATION)
-        self.prompt_tokens.labels(_OPERATION, _BASE)
+        for operation in _OPERATIONS:
+            for metric in (self.requests_running, self.requests_waiting, self.e2e, self.queue_time):
+                metric.labels(operation)
+            self.prompt_tokens.labels(operation, _BASE)
+            for error in leaves():
+                self.failures.labels(operation, error.code)
         self.cached_tokens.labels(_BASE)
         self.generation_tokens.labels(_BASE)
         for reason in _FINISH_REASONS:
-            self.successes.labels(_OPERATION, reason)
-        for error in leaves():
-            self.failures.labels(_OPERATION, error.code)
+            self.successes.labels(_GENERATE, reason)
+        self.successes.labels(_SCORE, _DONE)
         for reason in ("disconnect", "stalled", "api", "timeout"):
             self.cancelled.labels(reason)
         for streaming in ("true", "false"):
             self.first_token.labels(streaming)
-        for histogram in (self.e2e, self.queue_time):
-            histogram.labels(_OPERATION)
         for phase in ("warmup", "serving"):
             self.compilations.labels(phase)
-        for work in ("prefill", "decode"):
+        for work in ("prefill", "decode", "score"):
             for use in ("request", "padding"):
                 self.computed_tokens.labels(work, use)
 
@@ -208,7 +221,7 @@ class GenerationMeter:
         self._generation_tokens = metrics.generation_tokens.labels(_BASE)
 
     def admitted(self, num_prompt_tokens: int) -> None:
-        self._metrics.prompt_tokens.labels(_OPERATION, _BASE).inc(num_prompt_tokens)
+        self._metrics.prompt_tokens.labels(_GENERATE, _BASE).inc(num_prompt_tokens)
 
     def tokens(self, output: int, count: int) -> None:
         """``count`` new tokens of one output arrived."""
@@ -225,19 +238,45 @@ class GenerationMeter:
         self, finish_reasons: list[str], queue_seconds: float, num_cached_tokens: int
     ) -> None:
         elapsed = time.monotonic() - self._arrived_at
-        self._metrics.e2e.labels(_OPERATION).observe(elapsed)
-        self._metrics.queue_time.labels(_OPERATION).observe(queue_seconds)
+        self._metrics.e2e.labels(_GENERATE).observe(elapsed)
+        self._metrics.queue_time.labels(_GENERATE).observe(queue_seconds)
         self._metrics.cached_tokens.labels(_BASE).inc(num_cached_tokens)
         for reason in finish_reasons:
-            self._metrics.successes.labels(_OPERATION, reason).inc()
+            self._metrics.successes.labels(_GENERATE, reason).inc()
         if "timeout" in finish_reasons:
             self._metrics.cancelled.labels("timeout").inc()
         if "cancelled" in finish_reasons:
             self._metrics.cancelled.labels("api").inc()
 
     def failed(self, code: str) -> None:
-        self._metrics.failures.labels(_OPERATION, code).inc()
+        self._metrics.failures.labels(_GENERATE, code).inc()
 
     def abandoned(self, reason: Literal["disconnect", "stalled"] = "disconnect") -> None:
         """Nobody reads the answer any more."""
         self._metrics.cancelled.labels(reason).inc()
+
+
+class ScoreMeter:
+    """Measures one request to ``/score`` from its arrival to its end."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._arrived_at = time.monotonic()
+
+    def finished(self, num_prompt_tokens: int, queue_seconds: float) -> None:
+        elapsed = time.monotonic() - self._arrived_at
+        self._metrics.prompt_tokens.labels(_SCORE, _BASE).inc(num_prompt_tokens)
+        self._metrics.e2e.labels(_SCORE).observe(elapsed)
+        self._metrics.queue_time.labels(_SCORE).observe(queue_seconds)
+        self._metrics.successes.labels(_SCORE, _DONE).inc()
+
+    def failed(self, code: str) -> None:
+        self._metrics.failures.labels(_SCORE, code).inc()
+        if code == DeadlineExceeded.code:
+            self._metrics.cancelled.labels("timeout").inc()
+        if code == RequestCancelled.code:
+            self._metrics.cancelled.labels("api").inc()
+
+    def abandoned(self) -> None:
+        """Nobody reads the answer any more."""
+        self._metrics.cancelled.labels("disconnect").inc()

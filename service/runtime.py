@@ -109,6 +109,9 @@ class Service:
         heartbeat = self._heartbeat
         metrics.requests_running.labels("generate").set(heartbeat.num_running if heartbeat else 0)
         metrics.requests_waiting.labels("generate").set(heartbeat.num_waiting if heartbeat else 0)
+        metrics.requests_running.labels("score").set(heartbeat.num_scoring if heartbeat else 0)
+        waiting = heartbeat.num_scores_waiting if heartbeat else 0
+        metrics.requests_waiting.labels("score").set(waiting)
         metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -154,7 +157,7 @@ class Service:
     def _count_work(self, work: WorkCounts) -> None:
         """What is new since the last heartbeat."""
         before, self._work_seen = self._work_seen, work
-        for kind in ("prefill", "decode"):
+        for kind in ("prefill", "decode", "score"):
             for use, suffix in (("request", ""), ("padding", "_padding")):
                 name = kind + suffix
                 new = getattr(work, name) - getattr(before, name)

@@ -36,6 +36,7 @@ from service.protocol.messages import (
     Progress,
     Ready,
     RequestEvent,
+    Scored,
     ServerInfo,
 )
 
@@ -238,7 +239,7 @@ class Supervisor:
                 log.error("%s", event.detail)
                 if event.is_permanent:
                     self._refusal = event.detail
-            case Accepted() | Piece() | Finished() | Failed():
+            case Accepted() | Piece() | Finished() | Scored() | Failed():
                 self._listener.on_request_event(event)
             case _ as unreachable:
                 assert_never(unreachable)

@@ -14,6 +14,8 @@ from service.protocol.messages import (
     Generate,
     Piece,
     RequestEvent,
+    Score,
+    Scored,
 )
 
 
@@ -57,8 +59,8 @@ class Generation:
                     self._running, self.finished = False, event
                 case Failed():
                     self._running, self._error = False, service_error(event)
-                case Accepted():
-                    raise AssertionError("the worker accepted one request twice")
+                case Accepted() | Scored():
+                    raise AssertionError(f"{type(event)} in the middle of a generation")
                 case _ as unreachable:
                     assert_never(unreachable)
         if not pieces and self._error is not None:
@@ -71,6 +73,47 @@ class Generation:
         Not a coroutine on purpose: when a client hangs up, this runs inside a cancelled anyio
         scope, where the first ``await`` raises and the Cancel would never be sent.
         """
+        self._release(self.accepted.request_id, self._running)
+        self._running = False
+
+
+class Scoring:
+    """One admitted request of scores; `close` it when done."""
+
+    def __init__(
+        self,
+        accepted: Accepted,
+        inbox: "asyncio.Queue[RequestEvent]",
+        release: Callable[[str, bool], None],
+    ) -> None:
+        self.accepted = accepted
+        self._inbox = inbox
+        self._release = release
+        self._running = True
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the worker may still work on it."""
+        return self._running
+
+    async def scored(self) -> Scored:
+        """Waits for the scores.
+
+        Raises:
+            ServiceError: The request failed.
+        """
+        event = await self._inbox.get()
+        self._running = False
+        match event:
+            case Scored():
+                return event
+            case Failed():
+                raise service_error(event)
+            case _:
+                raise AssertionError(f"expected Scored or Failed, got {type(event)}")
+
+    def close(self) -> None:
+        """Cancels the request if it is still running; see `Generation.close`."""
         self._release(self.accepted.request_id, self._running)
         self._running = False
 
@@ -97,6 +140,15 @@ class WorkerClient:
         Raises:
             ServiceError: The worker refused it, or there is none; the subclass says why.
         """
+        return Generation(*await self._admitted(command), self._close)
+
+    async def score(self, command: Score) -> Scoring:
+        """The same for scores."""
+        return Scoring(*await self._admitted(command), self._close)
+
+    async def _admitted(
+        self, command: Generate | Score
+    ) -> "tuple[Accepted, asyncio.Queue[RequestEvent]]":
         self._send(command)
         inbox: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._inboxes[command.request_id] = inbox
@@ -107,7 +159,7 @@ class WorkerClient:
             raise
         match first:
             case Accepted():
-                return Generation(first, inbox, self._close)
+                return first, inbox
             case Failed():
                 self._close(command.request_id, still_running=False)
                 raise service_error(first)

@@ -17,6 +17,7 @@ SERVICE = ROOT / "service"
 
 # These two are about finding the route, so no route declares them.
 OF_THE_ROUTER = {"not_found", "method_not_allowed"}
+OF_SCORES = {SERVICE / "api" / "score.py", SERVICE / "worker" / "score_desk.py"}
 
 
 def test_the_stored_document_is_the_one_that_the_application_makes():
@@ -127,13 +128,24 @@ def declared_codes(path: str, method: str) -> set[str]:
 
 
 def test_generate_declares_every_error_that_anything_raises():
-    others = {SERVICE / "api" / "requests.py"}
+    others = {SERVICE / "api" / "requests.py", *OF_SCORES}
     paths = set(SERVICE.rglob("*.py")) - others
     raised = set().union(*(raised_codes(path.read_text()) for path in paths))
 
     missing = raised - OF_THE_ROUTER - declared_codes("/generate", "post")
 
     assert not missing, "name the class in the route's responses; then make openapi"
+
+
+def test_score_declares_every_error_that_it_or_anything_shared_raises():
+    others = {SERVICE / "api" / "requests.py", SERVICE / "api" / "generate.py"}
+    paths = set(SERVICE.rglob("*.py")) - others
+    raised = set().union(*(raised_codes(path.read_text()) for path in paths))
+
+    missing = raised - OF_THE_ROUTER - declared_codes("/score", "post")
+
+    assert not missing, "name the class in the route's responses; then make openapi"
+    assert {"model_not_found", "request_cancelled"} <= raised
 
 
 def test_a_cancel_declares_every_error_that_its_route_raises():

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api import sse
 from service.api.answers import OutputCollector, done_event, seeds, token_event
+from service.api.clients import answer_unless_left, check_accept
 from service.api.problems import request_id
 from service.api.route import StrictRoute
 from service.api.schemas import GenerateRequest, GenerateResponse
@@ -91,7 +92,7 @@ _TENANT = "default"
 )
 async def generate(body: GenerateRequest, request: Request, state: State) -> Any:
     """Generates text from one or several prompts."""
-    _check_accept(request, sse.MEDIA_TYPE if body.stream else "application/json")
+    check_accept(request, sse.MEDIA_TYPE if body.stream else "application/json")
     meter = GenerationMeter(state.metrics, streaming=body.stream)
     command = _command(body, state)
     try:
@@ -174,18 +175,7 @@ class Answer:
 async def _whole(answer: Answer, request: Request) -> Response:
     """The answer in one piece; a client that leaves meanwhile frees its slots."""
     with closing(answer):
-        collecting = asyncio.create_task(_collect(answer))
-        leaving = asyncio.create_task(_disconnect(request))
-        try:
-            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                return Response(status_code=499)  # nobody reads it
-            return await collecting
-        finally:
-            for task in (collecting, leaving):
-                task.cancel()
-                with suppress(asyncio.CancelledError, ServiceError):
-                    await task
+        return await answer_unless_left(request, _collect(answer))
 
 
 async def _collect(answer: Answer) -> Response:
@@ -203,14 +193,6 @@ async def _collect(answer: Answer) -> Response:
     return Response(
         body.model_dump_json(), media_type="application/json", headers={"X-Model": answer.model}
     )
-
-
-async def _disconnect(request: Request) -> None:
-    """Returns when the client has left. Without this a handler would run on for nobody."""
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            return
 
 
 class GenerationStream(StreamingResponse):
@@ -327,13 +309,3 @@ def _with_pointers_of(body: GenerateRequest, error: ServiceError) -> ServiceErro
             for field in error.errors
         )
     return error
-
-
-def _check_accept(request: Request, media_type: str) -> None:
-    """Refuses a client that says it cannot read what it asked for."""
-    accept = request.headers.get("accept")
-    if accept is None:
-        return
-    ranges = {part.split(";")[0].strip().lower() for part in accept.split(",")}
-    if not ranges & {media_type, media_type.split("/")[0] + "/*", "*/*"}:
-        raise NotAcceptable(f"This request is answered as {media_type}; Accept does not allow it.")

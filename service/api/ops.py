@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.api import schemas
+from service.api import schemas, score_schemas
 from service.api.schemas import Health, Info, Ready, SelfTestResult
 from service.api.state import State
 from service.errors import Loading, WorkerRestarting, error_responses
@@ -92,6 +92,10 @@ def _limits(state: State, context_tokens: int, vocabulary_size: int) -> dict[str
         "context_tokens": context_tokens,
         "prompts": schemas.MAX_PROMPTS,
         "outputs": schemas.MAX_COMPLETIONS,
+        "score_inputs": score_schemas.MAX_INPUTS,
+        "score_targets": score_schemas.MAX_TARGETS,
+        "score_models": score_schemas.MAX_MODELS,
+        "score_top": score_schemas.MAX_TOP,
         "token_id": vocabulary_size - 1,
         "queue_requests": settings.queue_requests,
         "queue_tokens": settings.queue_tokens,

@@ -9,9 +9,11 @@ The life of one request is always one of these:
 
     Accepted, Piece*, Finished      the usual life
     Accepted, Piece*, Failed        it died on the way
+    Accepted, Scored                a request of scores
     Failed                          it was never admitted
 
-Exactly one `Finished` or `Failed` ends it. If the worker dies, the API process makes the `Failed`.
+Exactly one `Finished`, `Scored` or `Failed` ends it. If the worker dies, the API process makes the
+`Failed`.
 
 Times are seconds; a deadline is on the monotonic clock, which both processes share.
 """
@@ -142,13 +144,64 @@ class Generate(Message, frozen=True):
     search: BeamSearch | ContrastiveSearch | None = None
 
 
+class ScoredText(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A text, bos in front of it; every token of its own is a target."""
+
+    text: str
+
+
+class ScoredContext(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A text, bos in front of it, and what may follow it: each is a target."""
+
+    context: str
+    targets: tuple[str, ...]
+
+
+class ScoredIds(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Token ids, taken as they are, and one target.
+
+    Attributes:
+        token_ids: At least one.
+        target_ids: What is asked about behind each token; None: the tokens that follow.
+        mask: Which are. Behind each token with ``target_ids``; without, the tokens themselves.
+    """
+
+    token_ids: tuple[int, ...]
+    target_ids: tuple[int, ...] | None
+    mask: tuple[bool, ...] | None
+
+
+class Score(Message, frozen=True):
+    """Admit one request for log-probabilities of given tokens.
+
+    Attributes:
+        request_id: Chosen by the API process.
+        tenant: Whose request it is.
+        deadline: Monotonic seconds after which it must not run.
+        adapter: Digest of an adapter version, or None for the base.
+        inputs: What is scored, each for itself.
+        tells_tokens: Whether each token is told, or only their sums.
+        num_top: Alternatives of each token that is told.
+        priority: Higher ones are read first.
+    """
+
+    request_id: str
+    tenant: str
+    deadline: float
+    adapter: str | None
+    inputs: tuple[ScoredText | ScoredContext | ScoredIds, ...]
+    tells_tokens: bool = False
+    num_top: int = 0
+    priority: int = 0
+
+
 class Cancel(Message, frozen=True):
     """Stop working on a request. Unknown or finished ids are ignored."""
 
     request_id: str
 
 
-Command = Load | Generate | Cancel
+Command = Load | Generate | Score | Cancel
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -217,7 +270,8 @@ class LoadFailed(Message, frozen=True):
 class Accepted(Message, frozen=True):
     """The request holds a place; no admission error can follow.
 
-    ``num_prompt_tokens`` has one entry per prompt.
+    ``num_prompt_tokens`` has one entry per prompt, or per input of a score: the tokens of a
+    context, or of a whole text.
     """
 
     request_id: str
@@ -282,6 +336,50 @@ class Finished(Message, frozen=True):
     num_cached_tokens: int = 0
 
 
+class TokenScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One token of a target.
+
+    Attributes:
+        token: With its log-probability.
+        position: Where it stands, or would stand, in its text.
+        rank: How many tokens come before it there.
+        top: The likeliest, best first.
+    """
+
+    token: TokenLogprob
+    position: int
+    rank: int
+    top: tuple[TokenLogprob, ...]
+
+
+class TargetScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One target: the sum of its log-probabilities, and ``tokens`` if they are to be told.
+
+    ``is_greedy`` tells whether each of its tokens is the likeliest one.
+    """
+
+    logprob: float
+    is_greedy: bool
+    num_tokens: int
+    num_bytes: int
+    tokens: tuple[TokenScore, ...]
+
+
+class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The targets of one input, in order; ``num_prompt_tokens`` as in `Accepted`."""
+
+    num_prompt_tokens: int
+    targets: tuple[TargetScore, ...]
+
+
+class Scored(Message, frozen=True):
+    """The last event of a request of scores that ended normally; one entry per input, in order."""
+
+    request_id: str
+    inputs: tuple[InputScore, ...]
+    timings: Timings
+
+
 class Failed(Message, frozen=True):
     """The last event of a request that did not.
 
@@ -303,6 +401,8 @@ class WorkCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_padding: int = 0
     decode: int = 0
     decode_padding: int = 0
+    score: int = 0
+    score_padding: int = 0
 
 
 class Heartbeat(Message, frozen=True):
@@ -314,9 +414,11 @@ class Heartbeat(Message, frozen=True):
         phase_seconds: For how long.
         num_running: Requests that hold a slot.
         num_waiting: Requests admitted and without a slot.
-        num_waiting_tokens: Their prompt tokens.
+        num_waiting_tokens: Prompt tokens of all that wait.
         num_compilations: Programs compiled since the worker started.
         work: Tokens computed since then.
+        num_scoring: Requests of scores that are being read.
+        num_scores_waiting: Those admitted of which nothing has been read.
     """
 
     turn: int
@@ -327,8 +429,10 @@ class Heartbeat(Message, frozen=True):
     num_waiting_tokens: int
     num_compilations: int
     work: WorkCounts = WorkCounts()
+    num_scoring: int = 0
+    num_scores_waiting: int = 0
 
 
-Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Failed | Heartbeat
-RequestEvent = Accepted | Piece | Finished | Failed
-EndOfRequest = Finished | Failed
+Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Scored | Failed | Heartbeat
+RequestEvent = Accepted | Piece | Finished | Scored | Failed
+EndOfRequest = Finished | Scored | Failed

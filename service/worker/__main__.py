@@ -20,7 +20,7 @@ import threading
 import time
 
 from model.errors import KernelsUnavailable, ModelError, PresetError, SelfTestFailed
-from model.search_slots import SearchEngine, SearchEngineLoader
+from model.score_slots import ScoreEngine, ScoreEngineLoader
 from service.logs import log_to_stderr
 from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
@@ -33,12 +33,14 @@ from service.protocol.messages import (
     LoadFailed,
     Progress,
     Ready,
+    Score,
 )
 from service.worker import translate
-from service.worker.admission import Admission, Refusal
+from service.worker.admission import Admission, AdmittedRequest, Refusal
 from service.worker.channel import ConnectionClosed, Writer, read_frame
 from service.worker.loop import Arrival, Loop, LoopStatus
 from service.worker.parent import die_with_parent
+from service.worker.score_request import ScoreRequest
 
 _HEARTBEAT_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
@@ -57,7 +59,7 @@ class Worker:
         self._status = LoopStatus()
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._admission: Admission | None = None
-        self._engine: SearchEngine | None = None
+        self._engine: ScoreEngine | None = None
         self._last_progress: tuple[str, float] = ("", 0.0)
 
     def run(self) -> int:
@@ -94,9 +96,9 @@ class Worker:
             raise ProtocolError("The first command must be Load.")
         return commands[0]
 
-    def _load(self, load: Load) -> SearchEngine:
+    def _load(self, load: Load) -> ScoreEngine:
         module, _, function = load.engine.partition(":")
-        loader: SearchEngineLoader = getattr(importlib.import_module(module), function)
+        loader: ScoreEngineLoader = getattr(importlib.import_module(module), function)
         return loader(translate.engine_options(load), self._progress)
 
     def _progress(self, phase: str, done: float, total: float) -> None:
@@ -127,19 +129,23 @@ class Worker:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case Generate():
+            case Generate() | Score():
                 self._admit(command)
             case Cancel():
                 self._arrivals.put(command)
             case Load():
                 raise ProtocolError("A worker loads once.")
 
-    def _admit(self, command: Generate) -> None:
+    def _admit(self, command: Generate | Score) -> None:
         """Answers with Accepted or Failed at once, however long the loop's step is."""
         try:
             if self._admission is None:
                 raise Refusal(_loading(command))
-            request, accepted = self._admission.admit(command)
+            request: AdmittedRequest | ScoreRequest
+            if isinstance(command, Score):
+                request, accepted = self._admission.admit_score(command)
+            else:
+                request, accepted = self._admission.admit(command)
         except Refusal as refusal:
             self._writer.send([refusal.failed])
         except ModelError as error:
@@ -168,12 +174,14 @@ class Worker:
                 num_waiting_tokens=0 if admission is None else admission.num_waiting_tokens,
                 num_compilations=0 if engine is None else engine.num_compilations,
                 work=self._status.work,
+                num_scoring=self._status.num_scoring,
+                num_scores_waiting=0 if admission is None else admission.num_scores_waiting,
             )
             self._writer.send_if_room([beat])
             time.sleep(_HEARTBEAT_SECONDS)
 
 
-def _loading(command: Generate) -> Failed:
+def _loading(command: Generate | Score) -> Failed:
     detail = "The model is still loading."
     return Failed(command.request_id, "loading", detail, retry_after_seconds=5)
 

@@ -6,7 +6,6 @@ the step that runs meanwhile.
 
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,12 +19,15 @@ from service.protocol.messages import (
     Failed,
     Generate,
     OutputEnd,
+    Score,
     StopRules,
 )
 from service.worker.completion import Completion
 from service.worker.drain_rate import DrainRate
 from service.worker.prefix_keys import PrefixKeys
 from service.worker.scheduler import Row, RowKey
+from service.worker.score_inputs import InvalidInput, ScoreInputs
+from service.worker.score_request import ScoreRequest
 from service.worker.search import BeamRun, ContrastiveRun, SearchRun
 from service.worker.translate import sampling_of_output
 
@@ -107,6 +109,7 @@ class Admission:
         self, info: EngineInfo, codec: TextCodec, *, max_requests: int, max_tokens: int
     ) -> None:
         self._prefix_keys = PrefixKeys(info.preset_digest, info.chunk_tokens)
+        self._score_inputs = ScoreInputs(info, codec)
         self._info = info
         self._codec = codec
         self._max_requests = max_requests
@@ -114,16 +117,24 @@ class Admission:
         self._lock = threading.Lock()
         # Request -> prompt tokens of its outputs that wait for a slot.
         self._waiting: dict[str, dict[int, int]] = {}
+        # Those of them that are requests of scores.
+        self._waiting_scores: set[str] = set()
         self._drain_rate = DrainRate()
 
     @property
     def num_waiting(self) -> int:
         """Requests with an output that has no slot yet."""
-        return len(self._waiting)
+        with self._lock:
+            return len(self._waiting) - len(self._waiting_scores)
+
+    @property
+    def num_scores_waiting(self) -> int:
+        """Requests of scores with a passage of which nothing has been read."""
+        return len(self._waiting_scores)
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Prompt tokens of the outputs that have no slot yet."""
+        """Tokens of prompts and passages that wait."""
         with self._lock:
             return sum(sum(outputs.values()) for outputs in self._waiting.values())
 
@@ -157,8 +168,31 @@ class Admission:
         request = AdmittedRequest(
             command.request_id, command.deadline, completions, searches, time.monotonic()
         )
-        self._reserve(command, request.rows)
+        tokens = {row.key.output: row.num_prefill_tokens + 1 for row in request.rows}
+        self._reserve(command, tokens)
         return request, Accepted(command.request_id, tuple(len(prompt) for prompt in prompts))
+
+    def admit_score(self, command: Score) -> tuple[ScoreRequest, Accepted]:
+        """The same for a request of scores.
+
+        Raises:
+            Refusal: It is invalid, too long, or there is no room for it.
+        """
+        try:
+            inputs = self._score_inputs.plan(command)
+        except InvalidInput as error:
+            raise _refusal(command, error.code, error.detail, error.pointer) from None
+        request = ScoreRequest(command, inputs, self._codec, time.monotonic())
+        tokens = {each.key.output: each.cost_tokens for each in request.passages}
+        if sum(tokens.values()) > self._max_tokens:
+            detail = (
+                f"{sum(tokens.values())} tokens are to be read, more than the {self._max_tokens} "
+                "that may wait. Send fewer inputs."
+            )
+            raise _refusal(command, "invalid_field", detail, "/inputs")
+        self._reserve(command, tokens)
+        num_prompt_tokens = tuple(each.num_prompt_tokens for each in inputs)
+        return request, Accepted(command.request_id, num_prompt_tokens)
 
     def started(self, key: RowKey) -> None:
         """An output got its slot, or left the queue without one."""
@@ -169,6 +203,7 @@ class Admission:
             num_tokens = outputs.pop(key.output, 0)
             if not outputs:
                 del self._waiting[key.request_id]
+                self._waiting_scores.discard(key.request_id)
             self._drain_rate.left(0 if outputs else 1, num_tokens)
             self._drain_rate.set_waiting(bool(self._waiting))
 
@@ -299,8 +334,8 @@ class Admission:
             return BeamRun(completion, command.num_choices, rules)
         return ContrastiveRun(completion, search.alpha, rules)
 
-    def _reserve(self, command: Generate, rows: Sequence[Row]) -> None:
-        tokens = {row.key.output: row.num_prefill_tokens + 1 for row in rows}
+    def _reserve(self, command: Generate | Score, tokens: dict[int, int]) -> None:
+        """Room in the queue for places of a request that have so many tokens."""
         with self._lock:
             waiting_tokens = sum(sum(outputs.values()) for outputs in self._waiting.values())
             num_waiting = len(self._waiting)
@@ -310,6 +345,8 @@ class Admission:
             )
             if not is_full:
                 self._waiting[command.request_id] = tokens
+                if isinstance(command, Score):
+                    self._waiting_scores.add(command.request_id)
                 self._drain_rate.set_waiting(True)
                 return
             excess = waiting_tokens + sum(tokens.values()) - self._max_tokens
@@ -325,7 +362,7 @@ def _prompt_pointer(index: int) -> str:
 
 
 def _refusal(
-    command: Generate,
+    command: Generate | Score,
     code: str,
     detail: str,
     pointer: str | None,

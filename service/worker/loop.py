@@ -5,8 +5,8 @@ One turn:
 1. take in what the reader admitted and who cancelled (wait only when there is nothing to do);
 2. end what is cancelled or past its deadline;
 3. give free slots to waiting rows;
-4. do one action of the scheduler: part of a prefill chunk, a copy, a dispatch of decode steps, or a
-   step of a search;
+4. do one action of the scheduler: part of a prefill chunk, a copy, a dispatch of decode steps, a
+   step of a search, or part of what is scored;
 5. send everything that the turn made in one frame.
 
 While nothing waits, a dispatch is read after the next one has been started, so that the device does
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from model.search_slots import SearchEngine
+from model.score_slots import ScoreEngine
 from model.slots import Dispatch, PromptChunk, SampledToken
 from service.protocol.messages import (
     Cancel,
@@ -44,16 +44,19 @@ from service.worker.scheduler import (
     LookUp,
     Prefill,
     PrefillLimits,
+    ReadScores,
     Row,
     RowKey,
     Scheduler,
     Search,
     Spread,
 )
+from service.worker.score_desk import ScoreDesk
+from service.worker.score_request import ScoreRequest
 from service.worker.search import SearchRun
 from service.worker.work_done import WorkDone
 
-Arrival = AdmittedRequest | Cancel
+Arrival = AdmittedRequest | ScoreRequest | Cancel
 # Bounds how late a deadline is noticed while nothing else happens.
 _IDLE_WAIT_SECONDS = 0.2
 
@@ -71,6 +74,7 @@ class LoopStatus:
     def __init__(self) -> None:
         self.turn = 0
         self.num_running = 0
+        self.num_scoring = 0
         self.work = WorkCounts()
         self._phase: tuple[Phase, float] = ("start", time.monotonic())
 
@@ -99,7 +103,7 @@ class Loop:
 
     def __init__(
         self,
-        engine: SearchEngine,
+        engine: ScoreEngine,
         admission: Admission,
         arrivals: "queue.SimpleQueue[Arrival]",
         send: Callable[[list[Event]], None],
@@ -117,6 +121,7 @@ class Loop:
         self._pace = pace or Pace()
         self._work = WorkDone(info.buckets)
         self._prefill = PausedPrefill(engine)
+        self._scores = ScoreDesk(engine, admission, self._work)
         self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
         self._completions: dict[RowKey, Completion] = {}
@@ -132,6 +137,7 @@ class Loop:
         """One turn; see the module."""
         self._take_arrivals()
         self._end_expired(time.monotonic())
+        self._scheduler.has_scores = self._scores.has_work
         if self._scheduler.is_pressed:
             # What is read may end rows, so before it is said who is next.
             self._read()
@@ -142,6 +148,7 @@ class Loop:
         self._status.num_running = sum(
             request.started_at is not None for request in self._requests.values()
         )
+        self._status.num_scoring = self._scores.num_running
         if not isinstance(action, Idle):
             self._status.enter("step")
         self._do(action)
@@ -162,12 +169,14 @@ class Loop:
                 self._decode(action)
             case Search():
                 self._search(action)
+            case ReadScores():
+                self._read_scores()
             case Idle():
                 self._read()
 
     def _take_arrivals(self) -> None:
         """Everything that has arrived; waits a moment if there is nothing else to do."""
-        if not self._requests:
+        if not (self._requests or self._scores.has_work):
             self._status.enter("idle")
             try:
                 self._take(self._arrivals.get(timeout=_IDLE_WAIT_SECONDS))
@@ -181,6 +190,10 @@ class Loop:
             self._read()
             if request := self._requests.get(arrival.request_id):
                 self._cut(request, "cancelled")
+            self._events += self._scores.cancel(arrival.request_id)
+            return
+        if isinstance(arrival, ScoreRequest):
+            self._scores.submit(arrival)
             return
         self._requests[arrival.request_id] = arrival
         for completion in arrival.completions:
@@ -190,6 +203,7 @@ class Loop:
         self._scheduler.submit(arrival.rows)
 
     def _end_expired(self, now: float) -> None:
+        self._events += self._scores.end_expired(now)
         if not any(request.deadline <= now for request in self._requests.values()):
             return
         # What was drawn in time counts.
@@ -258,6 +272,13 @@ class Loop:
         source, *targets = action.row.slots
         self._engine.copy(source, targets, action.row.num_prefill_tokens)
         self._scheduler.record_spread(action)
+
+    def _read_scores(self) -> None:
+        """A step of the others follows, so it is shorter than one."""
+        self._flush()
+        is_accompanied = self._scheduler.num_decoding > 0
+        until = time.monotonic() + self._pace.score_seconds(is_accompanied=is_accompanied)
+        self._events += self._scores.step(until)
 
     def _search(self, action: Search) -> None:
         search = self._searches[action.row.key]

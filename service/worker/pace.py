@@ -11,6 +11,9 @@ _DISPATCH_SECONDS = 0.1
 # A stream then waits less than three times as long as usual, with something left for a step that
 # happens to be slow; and a prompt gets almost two thirds of the time.
 _PREFILL_STEPS = 1.9
+# A text that is scored takes turns with steps too, and nobody reads along: a stream then waits less
+# than twice as long as usual.
+_SCORE_STEPS = 0.9
 # Alone a prompt pauses only for those who arrive or leave.
 _PREFILL_SECONDS = 0.1
 # A step's length is smoothed over about ten.
@@ -39,4 +42,10 @@ class Pace:
         """How long a part of a prompt may take, with rows that decode beside it or without."""
         if is_accompanied and self._step_seconds is not None:
             return _PREFILL_STEPS * self._step_seconds
+        return _PREFILL_SECONDS
+
+    def score_seconds(self, *, is_accompanied: bool) -> float:
+        """The same for a part of a text that is scored."""
+        if is_accompanied and self._step_seconds is not None:
+            return _SCORE_STEPS * self._step_seconds
         return _PREFILL_SECONDS

@@ -29,13 +29,20 @@ class PausedPrefill:
         """
         if self._action is not action:
             self._action, self._layers = action, self._engine.prefill(chunks)
-        longest = 0.0
-        began = self._clock()
-        for _ in self._layers:
-            now = self._clock()
-            longest = max(longest, now - began)
-            began = now
-            if now + longest > until:
-                return False
+        if not run_until(self._layers, until, self._clock):
+            return False
         self._action = None
         return True
+
+
+def run_until(layers: Iterator[None], until: float, clock: Callable[[], float]) -> bool:
+    """Takes layers as long as the next one is likely to end in time; whether it took the last."""
+    longest = 0.0
+    began = clock()
+    for _ in layers:
+        now = clock()
+        longest = max(longest, now - began)
+        began = now
+        if now + longest > until:
+            return False
+    return True

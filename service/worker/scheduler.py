@@ -26,7 +26,9 @@ at once. From then on every step is a dispatch of its own::
     submit -> waiting -> (slots) looking up -> prefilling -> spread -> searching -> remove
 
 Parts of chunks, decode steps and steps of searches take turns, and so do several searches among
-themselves: nobody waits for more than one turn of another kind.
+themselves: nobody waits for more than one turn of another kind. Scores need no slot of these; the
+scheduler only knows whether there are any, and gives them their turns, never two parts, of prompts
+or of scores, without a step between them.
 """
 
 from collections import deque
@@ -150,11 +152,16 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadScores:
+    """One part of what is to be scored."""
+
+
+@dataclass(frozen=True, slots=True)
 class Idle:
     """Nothing to do until something is submitted."""
 
 
-Action = LookUp | Prefill | Copy | Spread | Decode | Search | Idle
+Action = LookUp | Prefill | Copy | Spread | Decode | Search | ReadScores | Idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +179,12 @@ class PrefillLimits:
     packed_prompts: int = 1
 
 
-# Who is next, after whose turn.
+# Who is next, after whose turn. Of prompts and scores, those go first who did not last time.
 _TURNS_AFTER: dict[type, tuple[type, ...]] = {
-    Prefill: (Decode, Search, Prefill),
-    Decode: (Search, Prefill, Decode),
-    Search: (Prefill, Decode, Search),
+    Prefill: (Decode, Search, ReadScores, Prefill),
+    ReadScores: (Decode, Search, Prefill, ReadScores),
+    Decode: (Search, Prefill, ReadScores, Decode),
+    Search: (Prefill, ReadScores, Decode, Search),
 }
 
 
@@ -187,6 +195,9 @@ class Scheduler:
         num_slots: Rows that hold a slot at once.
         limits: Of prefill.
         keeps_prefixes: Whether there is anything to look up.
+
+    Attributes:
+        has_scores: Whether anything is to be scored; set by the caller.
     """
 
     def __init__(
@@ -198,7 +209,9 @@ class Scheduler:
         self._waiting: WaitingLine[Row] = WaitingLine()
         self._running: list[Row] = []
         # Whose turn it was: of chunks, steps or searches.
-        self._last_turn: type[Prefill | Decode | Search] = Search
+        self._last_turn: type[Prefill | Decode | Search | ReadScores] = Search
+        self._last_part: type[Prefill | ReadScores] = ReadScores
+        self.has_scores = False
         self._num_search_turns = 0
         # Begun and not recorded yet.
         self._chunks: Prefill | None = None
@@ -211,9 +224,9 @@ class Scheduler:
 
     @property
     def is_pressed(self) -> bool:
-        """Whether anything waits for a slot, for its prefill or for the turn of its search."""
+        """Whether anything waits for a slot, for its prefill or for a turn of its own."""
         waits = (row.is_search or not row.is_prefilled for row in self._running)
-        return bool(self._waiting) or any(waits)
+        return bool(self._waiting) or self.has_scores or any(waits)
 
     @property
     def num_decoding(self) -> int:
@@ -250,12 +263,22 @@ class Scheduler:
         prefilling = [row for row in self._running if not row.is_prefilled]
         decoding = tuple(row for row in self._running if row.is_prefilled and not row.is_search)
         searching = [row for row in self._running if row.is_prefilled and row.is_search]
-        rows = {Prefill: prefilling, Decode: decoding, Search: searching}
-        turn = next((kind for kind in _TURNS_AFTER[self._last_turn] if rows[kind]), None)
+        waits = {
+            Prefill: bool(prefilling),
+            Decode: bool(decoding),
+            Search: bool(searching),
+            ReadScores: self.has_scores,
+        }
+        turn = next((kind for kind in _TURNS_AFTER[self._last_turn] if waits[kind]), None)
+        if turn is Prefill and self.has_scores and self._last_part is Prefill:
+            turn = ReadScores
+        if turn is ReadScores:
+            self._last_turn = self._last_part = ReadScores
+            return ReadScores()
         if turn is Prefill:
             if self._chunks is None and not prefilling[0].is_looked_up:
                 return LookUp(prefilling[0])
-            self._last_turn = Prefill
+            self._last_turn = self._last_part = Prefill
             self._chunks = self._chunks or self._next_chunks(prefilling)
             return self._chunks
         if turn is Search:

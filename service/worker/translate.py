@@ -58,12 +58,13 @@ def token_logprobs(token: SampledToken, codec: TextCodec) -> TokenLogprobs:
     """A sampled token that has a log-probability, with its alternatives."""
     assert token.logprob is not None
     return TokenLogprobs(
-        chosen=_token_logprob(token.token_id, token.logprob, codec),
-        top=tuple(_token_logprob(id_, logprob, codec) for id_, logprob in token.top),
+        chosen=token_logprob(token.token_id, token.logprob, codec),
+        top=tuple(token_logprob(id_, logprob, codec) for id_, logprob in token.top),
     )
 
 
-def _token_logprob(token_id: int, logprob: float, codec: TextCodec) -> TokenLogprob:
+def token_logprob(token_id: int, logprob: float, codec: TextCodec) -> TokenLogprob:
+    """A token and what it says, with its log-probability."""
     return TokenLogprob(
         id=token_id,
         token=codec.piece(token_id),

@@ -17,16 +17,29 @@ class WorkDone:
         self._row_buckets = buckets.get("decode_rows", ())
         self._chunk_buckets = buckets.get("prefill_tokens", ())
         self._prefill = self._prefill_padding = self._decode = self._decode_padding = 0
+        self._score = self._score_padding = 0
 
     @property
     def counts(self) -> WorkCounts:
         """So far."""
-        return WorkCounts(self._prefill, self._prefill_padding, self._decode, self._decode_padding)
+        return WorkCounts(
+            self._prefill,
+            self._prefill_padding,
+            self._decode,
+            self._decode_padding,
+            self._score,
+            self._score_padding,
+        )
 
     def note_prefill(self, num_tokens: int) -> None:
         """A chunk."""
         self._prefill += num_tokens
         self._prefill_padding += _missing(num_tokens, self._chunk_buckets)
+
+    def note_score(self, num_tokens: int) -> None:
+        """A chunk of texts that are scored."""
+        self._score += num_tokens
+        self._score_padding += _missing(num_tokens, self._chunk_buckets)
 
     def note_decode(self, num_rows: int, num_steps: int) -> None:
         """A dispatch; rows that end before its last step count as padding nowhere."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from model.progress import Progress
+from model.score_slots import ScoreChunk
 from model.slots import (
     MAX_STEPS,
     DecodeRow,
@@ -28,6 +29,7 @@ from model.slots import (
     PromptChunk,
     SampledToken,
 )
+from tests.fakes.arithmetic_scores import ArithmeticScores
 from tests.fakes.arithmetic_search import ArithmeticSearches
 
 VOCABULARY_SIZE = 1000
@@ -57,12 +59,13 @@ class NumberCodec:
         return b"" if token_id in (BOS_ID, EOS_ID) else self.piece(token_id).encode()
 
 
-class ArithmeticEngine(ArithmeticSearches):
+class ArithmeticEngine(ArithmeticSearches, ArithmeticScores):
     """See the module."""
 
     codec = NumberCodec()
 
     def __init__(self, options: EngineOptions) -> None:
+        super().__init__()
         self._options = options
         # The tokens of each slot, and those whose "keys and values" are there.
         self._tables: list[list[int]] = [[] for _ in range(options.num_slots)]
@@ -116,6 +119,13 @@ class ArithmeticEngine(ArithmeticSearches):
                 assert not self._has_prefilled_once, "prefilled twice"
                 self._has_prefilled_once = True
 
+    def _check_chunks(self, chunks: Sequence[ScoreChunk]) -> None:
+        assert len(chunks) == 1 or sum(len(chunk.token_ids) for chunk in chunks) <= CHUNK_TOKENS
+        assert len(chunks) <= self.info.packed_prompts
+        for chunk in chunks:
+            last = chunk.start + len(chunk.token_ids) - 1
+            assert chunk.start // CHUNK_TOKENS == last // CHUNK_TOKENS, "it crosses a block"
+
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         assert len(self._slots[source]) == num_tokens, "something was decoded in the source"
         assert source not in targets
@@ -151,6 +161,9 @@ class ArithmeticEngine(ArithmeticSearches):
 
     def _is_finite(self, tokens: list[int]) -> bool:
         return NOT_FINITE not in tokens
+
+    def _misbehave(self, tokens: Sequence[int]) -> None:
+        _misbehave(tokens)
 
     def _decode_row(self, row: DecodeRow, num_steps: int) -> list[SampledToken]:
         drawn: list[SampledToken] = []

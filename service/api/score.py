@@ -1,0 +1,247 @@
+"""POST /score: how likely given texts are.
+
+No status line leaves before everything is known, so whatever goes wrong is a real HTTP status.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from service.api.clients import answer_unless_left, check_accept
+from service.api.route import StrictRoute
+from service.api.schemas import TopLogprob
+from service.api.score_schemas import (
+    ScoredTarget,
+    ScoredToken,
+    ScoreInput,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreResult,
+    ScoreTimings,
+    ScoreUsage,
+)
+from service.api.state import ServiceState, State
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    InvalidField,
+    Loading,
+    MalformedJson,
+    ModelNotFound,
+    NotAcceptable,
+    NumericalError,
+    QueueFull,
+    RequestCancelled,
+    ServiceError,
+    UnsupportedMediaType,
+    WorkerRestarting,
+    error_responses,
+)
+from service.observability import ScoreMeter
+from service.protocol import messages as protocol
+from service.protocol.messages import (
+    InputScore,
+    Score,
+    Scored,
+    ScoredContext,
+    ScoredIds,
+    ScoredText,
+    TargetScore,
+    TokenScore,
+)
+from service.worker_client import Scoring
+
+router = APIRouter(route_class=StrictRoute)
+
+# Until keys come there is one tenant.
+_TENANT = "default"
+
+
+@router.post(
+    "/score",
+    response_model=ScoreResponse,
+    response_model_exclude_unset=True,
+    responses=error_responses(
+        MalformedJson,
+        ModelNotFound,
+        NotAcceptable,
+        BodyTimeout,
+        RequestCancelled,
+        BodyTooLarge,
+        UnsupportedMediaType,
+        InvalidField,
+        ContextLengthExceeded,
+        QueueFull,
+        NumericalError,
+        InternalError,
+        Loading,
+        Draining,
+        WorkerRestarting,
+        DeadlineExceeded,
+    ),
+)
+async def score(body: ScoreRequest, request: Request, state: State) -> Response:
+    """Scores targets behind a context, whole texts, or token ids."""
+    check_accept(request, "application/json")
+    meter = ScoreMeter(state.metrics)
+    command = _command(body, state)
+    try:
+        _check_models(body, state)
+        if state.view.readiness().reason == "draining":
+            raise Draining("The service is stopping and takes no new work.")
+        scoring = await state.worker.score(command)
+    except ServiceError as error:
+        meter.failed(error.code)
+        raise
+    except BaseException:
+        meter.abandoned()
+        raise
+    with closing(_Measured(scoring, meter)) as measured:
+        return await answer_unless_left(request, _answer(measured, body, state))
+
+
+class _Measured:
+    """A request that runs, and is measured however it ends."""
+
+    def __init__(self, scoring: Scoring, meter: ScoreMeter) -> None:
+        self.scoring = scoring
+        self.meter = meter
+
+    def close(self) -> None:
+        """Ends the request if it is still running: the client has left."""
+        if self.scoring.is_running:
+            self.meter.abandoned()
+        self.scoring.close()
+
+
+async def _answer(measured: _Measured, body: ScoreRequest, state: ServiceState) -> Response:
+    try:
+        scored = await measured.scoring.scored()
+    except ServiceError as error:
+        measured.meter.failed(error.code)
+        raise
+    response = _response(scored, body, state.settings.served_name)
+    measured.meter.finished(response.usage.prompt_tokens, scored.timings.queue_seconds)
+    return Response(
+        response.model_dump_json(exclude_unset=True),
+        media_type="application/json",
+        headers={"X-Model": response.model},
+    )
+
+
+def _check_models(body: ScoreRequest, state: ServiceState) -> None:
+    """So far one model is served, under one name."""
+    named = body.models or ([] if body.model is None else [body.model])
+    if any(name != state.settings.served_name for name in named):
+        raise ModelNotFound("No model of that name is served; /info has the name of the one.")
+
+
+def _command(body: ScoreRequest, state: ServiceState) -> Score:
+    limit = state.settings.request_timeout_seconds
+    seconds = limit if body.timeout_s is None else min(body.timeout_s, limit)
+    return Score(
+        request_id=f"sco_{uuid4().hex}",
+        tenant=_TENANT,
+        deadline=time.monotonic() + seconds,
+        adapter=None,
+        inputs=tuple(_input(each) for each in body.inputs),
+        tells_tokens=body.tells_tokens,
+        num_top=body.top,
+        priority=body.priority,
+    )
+
+
+def _input(given: ScoreInput) -> ScoredText | ScoredContext | ScoredIds:
+    if given.text is not None:
+        return ScoredText(given.text)
+    if given.context is not None:
+        assert given.targets is not None, "checked with the schema"
+        return ScoredContext(given.context, tuple(given.targets))
+    assert given.token_ids is not None, "checked with the schema"
+    return ScoredIds(
+        tuple(given.token_ids),
+        None if given.target_ids is None else tuple(given.target_ids),
+        None if given.target_mask is None else tuple(map(bool, given.target_mask)),
+    )
+
+
+def _response(scored: Scored, body: ScoreRequest, model: str) -> ScoreResponse:
+    results = [
+        ScoreResult(
+            input_index=index,
+            model=model,
+            prompt_tokens=found.num_prompt_tokens,
+            targets=_targets(found, given, body.return_),
+        )
+        for index, (found, given) in enumerate(zip(scored.inputs, body.inputs, strict=True))
+    ]
+    num_tokens = sum(
+        result.prompt_tokens
+        + sum(target.num_tokens for target in result.targets if given.context is not None)
+        for result, given in zip(results, body.inputs, strict=True)
+    )
+    return ScoreResponse(
+        id=scored.request_id,
+        model=model,
+        results=results,
+        usage=ScoreUsage(prompt_tokens=num_tokens, cached_tokens=0),
+        timings=ScoreTimings(
+            queue_s=scored.timings.queue_seconds, total_s=scored.timings.total_seconds
+        ),
+    )
+
+
+def _targets(found: InputScore, given: ScoreInput, wanted: Sequence[str]) -> list[ScoredTarget]:
+    texts: Sequence[str | None] = given.targets or [given.text]
+    total = _log_sum([target.logprob for target in found.targets])
+    return [
+        _target(target, text, total, wanted)
+        for target, text in zip(found.targets, texts, strict=True)
+    ]
+
+
+def _target(
+    target: TargetScore, text: str | None, total: float, wanted: Sequence[str]
+) -> ScoredTarget:
+    """With the fields that are wanted; the others stay unset, and so are not sent."""
+    told = ScoredTarget(text=text, num_tokens=target.num_tokens, num_bytes=target.num_bytes)
+    tells_tokens = "tokens" in wanted or "top" in wanted
+    if "logprob" in wanted or tells_tokens:
+        told.logprob = target.logprob
+    if "loss" in wanted:
+        told.loss = -target.logprob / target.num_tokens
+    if "prob" in wanted:
+        told.prob = math.exp(target.logprob - total)
+    if "greedy" in wanted:
+        told.greedy = target.is_greedy
+    if tells_tokens:
+        told.tokens = [_token(token) for token in target.tokens]
+    return told
+
+
+def _log_sum(logprobs: Sequence[float]) -> float:
+    most = max(logprobs)
+    return most + math.log(sum(math.exp(logprob - most) for logprob in logprobs))
+
+
+def _token(found: TokenScore) -> ScoredToken:
+    return ScoredToken(
+        **_fields(found.token),
+        top=[TopLogprob(**_fields(token)) for token in found.top],
+        position=found.position,
+        rank=found.rank,
+    )
+
+
+def _fields(token: protocol.TokenLogprob) -> dict[str, Any]:
+    return {**msgspec.structs.asdict(token), "bytes": list(token.bytes)}

@@ -1,0 +1,240 @@
+"""What `POST /score` takes and gives. Each number has a closed range, checked here first."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+
+from service.api.schemas import (
+    MAX_FIELDS,
+    MAX_TOKENS,
+    MAX_VOCABULARY,
+    TokenLogprob,
+    _check_token_ids,
+    _Model,
+    _refusal,
+)
+
+MAX_INPUTS = 64
+MAX_TARGETS = 64
+# Versions of the model that one request may name.
+MAX_MODELS = 4
+MAX_TOP = 20
+_MAX_NAME = 128
+_TOKEN_FIELDS = ("tokens", "top")
+
+
+def _check_ids(value: object) -> object:
+    if not isinstance(value, list):
+        raise _refusal((), "should be a list of token ids")
+    if not 1 <= len(value) <= MAX_TOKENS:
+        raise _refusal((), f"should have 1 to {MAX_TOKENS} token ids")
+    _check_token_ids(value, ())
+    return value
+
+
+def _check_mask(value: object) -> object:
+    if not isinstance(value, list):
+        raise _refusal((), "should be a list of zeros and ones")
+    # Not by value alone: true is 1.
+    if set(map(type, value)) - {int} or set(value) - {0, 1}:
+        place = next(i for i, x in enumerate(value) if type(x) is not int or x not in (0, 1))
+        raise _refusal((place,), "should be 0 or 1")
+    return value
+
+
+_Ids = Annotated[
+    list[int],
+    PlainValidator(_check_ids),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_VOCABULARY},
+            "minItems": 1,
+            "maxItems": MAX_TOKENS,
+        }
+    ),
+]
+_Mask = Annotated[
+    list[int],
+    PlainValidator(_check_mask),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 1}}),
+]
+_Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+# Which fields stand together.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "context": ("targets",),
+    "text": (),
+    "token_ids": ("target_ids", "target_mask"),
+}
+
+
+class ScoreInput(_Model):
+    """One of three: `context` with `targets`, `text`, or `token_ids`."""
+
+    context: str | None = Field(
+        None, description="What stands before each target; `<bos>` is put in front of it."
+    )
+    targets: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_TARGETS),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="What may follow the context. The tokens of a target are those of context and "
+        "target together, behind as many as the context has. The context is read once.",
+    )
+    text: str | None = Field(
+        None, description="A whole text: every token after `<bos>` is a target."
+    )
+    token_ids: _Ids | None = Field(None, description="Token ids, taken as they are.")
+    target_ids: _Ids | None = Field(
+        None,
+        description="As long as `token_ids`: what is asked about behind each of them. Left out: "
+        "the tokens themselves, each behind those before it.",
+    )
+    target_mask: _Mask | None = Field(
+        None,
+        description="As long as `token_ids`. With `target_ids`, 1 where one of these is a target; "
+        "without, where a token itself is one, which the first never is. Left out: all.",
+    )
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ScoreInput":
+        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise _refusal((), "should have one of context, text and token_ids")
+        [kind] = kinds
+        for other, fields in _KINDS.items():
+            for name in fields:
+                if other != kind and getattr(self, name) is not None:
+                    raise _refusal((name,), f"should be left out: it belongs to {other}")
+        if kind == "context" and self.targets is None:
+            raise _refusal(("targets",), "is required with a context")
+        if self.token_ids is not None:
+            self._check_lengths(len(self.token_ids))
+        return self
+
+    def _check_lengths(self, num_tokens: int) -> None:
+        for name in _KINDS["token_ids"]:
+            given = getattr(self, name)
+            if given is not None and len(given) != num_tokens:
+                raise _refusal((name,), f"should be as long as token_ids, {num_tokens}")
+        if self.target_ids is None:
+            if num_tokens < 2:
+                raise _refusal(("token_ids",), "should have a token behind the first to score")
+            if self.target_mask and self.target_mask[0]:
+                raise _refusal(("target_mask", 0), "should be 0: nothing stands before it")
+        if self.target_mask is not None and 1 not in self.target_mask:
+            raise _refusal(("target_mask",), "should have a 1")
+
+
+class ScoreRequest(_Model):
+    """Inputs, and what is to be told of their targets."""
+
+    model: _Name | None = Field(None, description="The model; left out, the one that is served.")
+    models: Annotated[list[_Name], Field(min_length=1, max_length=MAX_MODELS)] | None = Field(
+        None, description="The same as a list; in place of `model`. No name may come twice."
+    )
+    inputs: list[ScoreInput] = Field(
+        min_length=1, max_length=MAX_INPUTS, description="Each is scored for itself."
+    )
+    return_: list[Literal["logprob", "tokens", "top", "loss", "prob", "greedy"]] = Field(
+        default=["logprob"],
+        alias="return",
+        min_length=1,
+        max_length=16,
+        description="What is told of a target: `logprob` of all of its tokens together; `loss`, "
+        "its negative for each token on average; `prob`, its share among the targets of its input; "
+        "`greedy`, whether each of its tokens is the likeliest; `tokens`, each with its "
+        "log-probability and rank; `top`, the same with alternatives.",
+    )
+    top: int = Field(
+        0, ge=0, le=MAX_TOP, description="Alternatives of each token that is told, best first."
+    )
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
+        None,
+        description="Seconds after which the request fails if it has not ended; at most the "
+        "server's own limit, which null means.",
+    )
+    priority: int = Field(
+        0,
+        ge=-8,
+        le=8,
+        description="Who waits with a higher priority is read before anyone with a lower one.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_field_count(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise _refusal((), f"should have at most {MAX_FIELDS} fields")
+        return data
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> "ScoreRequest":
+        if self.models is not None:
+            if self.model is not None:
+                raise _refusal(("models",), "should stand in place of model, not beside it")
+            if len(set(self.models)) < len(self.models):
+                raise _refusal(("models",), "should name each model once")
+        if self.top and not self.tells_tokens:
+            raise _refusal(("top",), "should be 0 unless return names tokens or top")
+        if "top" in self.return_ and not self.top:
+            raise _refusal(("top",), "should be at least 1 if return names top")
+        return self
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether each token is told."""
+        return any(name in self.return_ for name in _TOKEN_FIELDS)
+
+
+class ScoredToken(TokenLogprob):
+    """A token of a target; `top` has the likeliest ones in its place."""
+
+    position: int = Field(description="Where it stands in its text, `<bos>` being 0.")
+    rank: int = Field(description="How many tokens are likelier there, or as likely with lower id.")
+
+
+class ScoredTarget(_Model):
+    """One target. What `return` does not name is left out."""
+
+    text: str | None = Field(description="As it was sent; null for token ids.")
+    num_tokens: int
+    num_bytes: int = Field(description="Of its text in UTF-8, or of the text of its tokens.")
+    logprob: float | None = Field(
+        None, description="Natural logarithm, under the model's own distribution."
+    )
+    loss: float | None = None
+    prob: float | None = None
+    greedy: bool | None = None
+    tokens: list[ScoredToken] | None = None
+
+
+class ScoreResult(_Model):
+    """One input."""
+
+    input_index: int
+    model: str = Field(description="The model as resolved, with its version.")
+    prompt_tokens: int = Field(description="Tokens of the context, or of the whole text.")
+    targets: list[ScoredTarget]
+
+
+class ScoreUsage(_Model):
+    prompt_tokens: int = Field(description="Tokens of contexts, their targets and whole texts.")
+    cached_tokens: int = Field(description="Tokens whose keys and values were cached.")
+
+
+class ScoreTimings(_Model):
+    queue_s: float = Field(description="Seconds from arrival to the first chunk.")
+    total_s: float = Field(description="Seconds from arrival to the last score.")
+
+
+class ScoreResponse(_Model):
+    id: str
+    model: str = Field(description="The model as resolved, with its version.")
+    results: list[ScoreResult]
+    usage: ScoreUsage
+    timings: ScoreTimings

@@ -1,0 +1,199 @@
+"""Scores on an engine, a part at a time: what the loop does when it is their turn.
+
+A part is some layers of a chunk, or the head over places that were read. Places wait for the head
+until they fill it, or nothing else is to be read, or two chunks have been read since; so a score of
+a few tokens shares it with others, and waits for none of them long.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
+
+from model.score_slots import (
+    HEAD_PAIRS,
+    HEAD_ROWS,
+    SCORE_SLOTS,
+    AskedPlace,
+    PlaceScore,
+    Residual,
+    ScoreChunk,
+    ScoreEngine,
+)
+from service.protocol.messages import Event, Failed
+from service.worker.admission import Admission
+from service.worker.paused_prefill import run_until
+from service.worker.scheduler import PrefillLimits
+from service.worker.score_line import Asked, Reading, ScoreLine
+from service.worker.score_request import ScoreRequest
+from service.worker.work_done import WorkDone
+
+# Chunks that a place waits for company at the head.
+_MAX_CHUNKS_WAITED = 2
+
+
+class _Place(NamedTuple):
+    """A place that was read and not measured yet."""
+
+    request: ScoreRequest
+    asked: Asked
+    residual: Residual
+    read_at: int
+
+
+class ScoreDesk:
+    """All requests of scores of one worker.
+
+    Args:
+        engine: Does the work.
+        admission: Told when a passage leaves the queue.
+        work: Counts tokens.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: ScoreEngine,
+        admission: Admission,
+        work: WorkDone,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        info = engine.info
+        limits = PrefillLimits(info.chunk_tokens, info.packed_tokens, info.packed_prompts)
+        self._engine = engine
+        self._admission = admission
+        self._work = work
+        self._clock = clock
+        self._line = ScoreLine(SCORE_SLOTS, limits)
+        self._requests: dict[str, ScoreRequest] = {}
+        self._places: deque[_Place] = deque()
+        self._reading: Reading | None = None
+        self._layers: Iterator[None] = iter(())
+        self._residuals: list[Residual] = []
+        self._num_chunks = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests of which something has been read."""
+        return sum(request.started_at is not None for request in self._requests.values())
+
+    def submit(self, request: ScoreRequest) -> None:
+        """Lets a request wait for its turn."""
+        self._requests[request.request_id] = request
+        self._line.submit(request.passages)
+
+    def cancel(self, request_id: str) -> list[Event]:
+        """Ends a request, if it is one of scores that goes on."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        return [self._fail(request, "request_cancelled", "The request was cancelled.")]
+
+    def end_expired(self, now: float) -> list[Event]:
+        """Ends the requests whose time has passed."""
+        detail = "The time of the request passed before everything was scored."
+        expired = [request for request in self._requests.values() if request.deadline <= now]
+        return [self._fail(request, "deadline_exceeded", detail) for request in expired]
+
+    def step(self, until: float) -> list[Event]:
+        """One part of the work, up to about ``until`` (monotonic seconds); how requests ended."""
+        if self._is_head_due():
+            return self._measure()
+        if self._reading is None:
+            self._begin_reading()
+        if run_until(self._layers, until, self._clock):
+            self._take_residuals()
+        return []
+
+    def _is_head_due(self) -> bool:
+        if not self._places:
+            return False
+        is_full = len(self._places) >= HEAD_ROWS
+        waited = self._num_chunks - self._places[0].read_at
+        goes_on = self._reading is not None or self._line.has_work
+        return is_full or not goes_on or waited >= _MAX_CHUNKS_WAITED
+
+    def _begin_reading(self) -> None:
+        reading = self._line.next_reading()
+        now = self._clock()
+        chunks = []
+        for passage, slot, piece in reading.pieces:
+            if passage.num_read == 0:
+                self._admission.started(passage.key)
+                request = self._requests[passage.key.request_id]
+                request.started_at = request.started_at or now
+            wanted = tuple(asked.place for asked in piece.asked)
+            chunks.append(ScoreChunk(slot, piece.token_ids, piece.start, wanted))
+        self._reading, self._layers = reading, self._read(self._engine.read(chunks))
+
+    def _read(self, reading: Generator[None, None, list[Residual]]) -> Iterator[None]:
+        self._residuals = yield from reading
+
+    def _take_residuals(self) -> None:
+        reading, self._reading = self._reading, None
+        assert reading is not None, "something was read"
+        self._line.record_reading(reading)
+        self._num_chunks += 1
+        self._work.note_score(sum(len(placed.piece.token_ids) for placed in reading.pieces))
+        residuals = iter(self._residuals)
+        for passage, _, piece in reading.pieces:
+            request = self._requests.get(passage.key.request_id)
+            for asked in piece.asked:
+                residual = next(residuals)
+                # It may have ended meanwhile.
+                if request is not None:
+                    self._places.append(_Place(request, asked, residual, self._num_chunks))
+
+    def _measure(self) -> list[Event]:
+        """The places that waited longest, as many as the head takes."""
+        places: list[_Place] = []
+        asked: list[AskedPlace] = []
+        num_pairs = 0
+        while self._places and len(places) < HEAD_ROWS:
+            place = self._places[0]
+            token_ids = tuple(dict.fromkeys(token.token_id for token in place.asked.tokens))
+            num_pairs += len(token_ids)
+            if num_pairs > HEAD_PAIRS:
+                break
+            places.append(self._places.popleft())
+            asked.append(AskedPlace(place.residual, token_ids, place.request.num_top))
+        found = self._engine.measure(asked)
+        events: list[Event] = []
+        for place, question, answer in zip(places, asked, found, strict=True):
+            if place.request.request_id in self._requests:
+                events += self._take(place, question, answer)
+        return events
+
+    def _take(self, place: _Place, question: AskedPlace, answer: PlaceScore) -> list[Event]:
+        request = place.request
+        if not answer.is_finite:
+            detail = "The model produced a value that is not a number."
+            return [self._fail(request, "numerical", detail)]
+        numbers = dict(
+            zip(question.token_ids, zip(answer.logprobs, answer.ranks, strict=True), strict=True)
+        )
+        for token in place.asked.tokens:
+            request.take(token, *numbers[token.token_id], answer.top)
+        if not request.is_done:
+            return []
+        self._forget(request)
+        return [request.scored(self._clock())]
+
+    def _fail(self, request: ScoreRequest, code: str, detail: str) -> Event:
+        self._forget(request)
+        return Failed(request.request_id, code, detail)
+
+    def _forget(self, request: ScoreRequest) -> None:
+        """Gives back everything that the request holds."""
+        del self._requests[request.request_id]
+        for passage in request.passages:
+            self._line.remove(passage)
+            self._admission.started(passage.key)
+        self._places = deque(place for place in self._places if place.request is not request)
+        if not self._requests:
+            # Nobody is left who would want what is being read.
+            self._reading, self._layers = None, iter(())

@@ -1,0 +1,106 @@
+"""One request of scores on its way: what it asked, and what was found so far."""
+
+from collections.abc import Sequence
+
+from model.slots import TextCodec
+from service.protocol.messages import (
+    InputScore,
+    Score,
+    Scored,
+    TargetScore,
+    Timings,
+    TokenLogprob,
+    TokenScore,
+)
+from service.worker.scheduler import RowKey
+from service.worker.score_inputs import PlannedInput, PlannedTarget
+from service.worker.score_line import Passage, TargetToken
+from service.worker.translate import token_logprob
+
+
+class ScoreRequest:
+    """A request that will end in one terminal event.
+
+    Args:
+        command: What was asked.
+        inputs: Its inputs, planned.
+        codec: Of the engine.
+        admitted_at: Monotonic seconds.
+    """
+
+    def __init__(
+        self, command: Score, inputs: Sequence[PlannedInput], codec: TextCodec, admitted_at: float
+    ) -> None:
+        self.request_id = command.request_id
+        self.deadline = command.deadline
+        self.num_top = command.num_top
+        self.started_at: float | None = None
+        pieces = [each for given in inputs for each in given.passages]
+        self.passages = [
+            Passage(RowKey(command.request_id, number), each, command.tenant, command.priority)
+            for number, each in enumerate(pieces)
+        ]
+        self._inputs = inputs
+        self._codec = codec
+        self._admitted_at = admitted_at
+        self._tells_tokens = command.tells_tokens
+        self._found: dict[TargetToken, TokenScore] = {}
+        self._num_missing = sum(len(t.token_ids) for given in inputs for t in given.targets)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything that it asked is known."""
+        return self._num_missing == 0
+
+    def take(
+        self, asked: TargetToken, logprob: float, rank: int, top: Sequence[tuple[int, float]]
+    ) -> None:
+        """What was found for one token."""
+        assert asked not in self._found, "found twice"
+        target = self._inputs[asked.input_index].targets[asked.target_index]
+        told = self._tells_tokens
+        self._found[asked] = TokenScore(
+            token=self._token(asked.token_id, logprob, is_told=told),
+            position=target.positions[asked.token_index],
+            rank=rank,
+            top=tuple(self._token(id_, each, is_told=told) for id_, each in top),
+        )
+        self._num_missing -= 1
+
+    def scored(self, now: float) -> Scored:
+        """The event that ends it."""
+        started_at = now if self.started_at is None else self.started_at
+        inputs = tuple(
+            InputScore(
+                given.num_prompt_tokens,
+                tuple(
+                    self._target(index, number, target)
+                    for number, target in enumerate(given.targets)
+                ),
+            )
+            for index, given in enumerate(self._inputs)
+        )
+        timings = Timings(
+            queue_seconds=started_at - self._admitted_at,
+            first_token_seconds=None,
+            total_seconds=now - self._admitted_at,
+        )
+        return Scored(self.request_id, inputs, timings)
+
+    def _target(self, index: int, number: int, target: PlannedTarget) -> TargetScore:
+        tokens = tuple(
+            self._found[TargetToken(index, number, place, token_id)]
+            for place, token_id in enumerate(target.token_ids)
+        )
+        return TargetScore(
+            logprob=sum(each.token.logprob for each in tokens),
+            is_greedy=all(each.rank == 0 for each in tokens),
+            num_tokens=len(tokens),
+            num_bytes=target.num_bytes,
+            tokens=tokens if self._tells_tokens else (),
+        )
+
+    def _token(self, token_id: int, logprob: float, *, is_told: bool) -> TokenLogprob:
+        if not is_told:
+            return TokenLogprob(token_id, "", (), logprob)
+        return token_logprob(token_id, logprob, self._codec)

@@ -1,0 +1,62 @@
+"""Scores of the arithmetic engine: after tokens whose sum goes to s, token s + k has rank k and the
+log-probability −1 − k, as the alternatives that come with a drawn token say.
+
+A residual is the list of all tokens up to its place.
+"""
+
+import time
+from collections.abc import Generator, Sequence
+
+from model.score_slots import HEAD_PAIRS, HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, ScoreChunk
+
+VOCABULARY_SIZE = 1000
+
+
+class ArithmeticScores:
+    """What the engine has for them, beside its slots."""
+
+    _step_seconds: float
+
+    def __init__(self) -> None:
+        self._texts: list[list[int]] = [[] for _ in range(SCORE_SLOTS)]
+
+    def _check_chunks(self, chunks: Sequence[ScoreChunk]) -> None:
+        raise NotImplementedError
+
+    def _is_finite(self, tokens: list[int]) -> bool:
+        raise NotImplementedError
+
+    def _misbehave(self, tokens: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def read(self, chunks: Sequence[ScoreChunk]) -> Generator[None, None, list[list[int]]]:
+        self._check_chunks(chunks)
+        # As two layers that are both needed.
+        for _ in range(2):
+            time.sleep(self._step_seconds / 2)
+            yield
+        residuals = []
+        for chunk in chunks:
+            text = self._texts[chunk.slot]
+            assert len(text) >= chunk.start, "what stands before was never read"
+            text[chunk.start :] = chunk.token_ids
+            self._misbehave(text)
+            assert list(chunk.wanted) == sorted(set(chunk.wanted))
+            residuals += [text[: chunk.start + place + 1] for place in chunk.wanted]
+        return residuals
+
+    def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
+        assert 0 < len(places) <= HEAD_ROWS
+        assert sum(len(place.token_ids) for place in places) <= HEAD_PAIRS
+        time.sleep(self._step_seconds)
+        return [self._measure(place) for place in places]
+
+    def _measure(self, place: AskedPlace) -> PlaceScore:
+        first = sum(place.residual) % VOCABULARY_SIZE
+        ranks = tuple((token_id - first) % VOCABULARY_SIZE for token_id in place.token_ids)
+        return PlaceScore(
+            logprobs=tuple(-1.0 - rank for rank in ranks),
+            ranks=ranks,
+            top=tuple(((first + k) % VOCABULARY_SIZE, -1.0 - k) for k in range(place.num_top)),
+            is_finite=self._is_finite(place.residual),
+        )
