@@ -8,8 +8,10 @@ from typing import get_args
 import msgspec
 import pytest
 
+from model.score_slots import HEAD_PAIRS
 from model.search_slots import MAX_WIDTH
 from model.slots import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS, EngineInfo, Sampling
+from service.api import score_schemas
 from service.api.schemas import MAX_SEARCH_WIDTH, GenerateRequest, field_limits
 from service.protocol import framing
 from service.protocol.framing import ProtocolError
@@ -22,6 +24,7 @@ from service.protocol.messages import (
     Finished,
     Generate,
     Heartbeat,
+    InputScore,
     Load,
     LoadFailed,
     OutputEnd,
@@ -29,16 +32,24 @@ from service.protocol.messages import (
     Progress,
     Ready,
     SamplingParameters,
+    Score,
+    Scored,
+    ScoredContext,
+    ScoredIds,
+    ScoredText,
     SelfTest,
     ServerInfo,
     StopRules,
+    TargetScore,
     Timings,
     TokenLogprob,
     TokenLogprobs,
+    TokenScore,
 )
 from service.worker.channel import ConnectionClosed, read_frame
 
 LOGPROB = TokenLogprob(id=7, token="é", bytes=(195, 169), logprob=-0.25)
+TARGET = TargetScore(-0.5, True, 1, 2, (TokenScore(LOGPROB, 3, 0, (LOGPROB,)),))
 COMMANDS: list[Command] = [
     Load(
         engine="tests.fakes.arithmetic_engine:load",
@@ -71,6 +82,20 @@ COMMANDS: list[Command] = [
             max_tokens=9, min_tokens=1, strings=("é", "\n"), token_ids=(4,), ignore_eos=True
         ),
         num_logprobs=20,
+    ),
+    Score(
+        request_id="sco_1",
+        tenant="default",
+        deadline=1234.5,
+        adapter=None,
+        inputs=(
+            ScoredText("é"),
+            ScoredContext("a \x00 text", ("", " b")),
+            ScoredIds((1, 2), None, (False, True)),
+            ScoredIds((1, 2), (3, 4), None),
+        ),
+        tells_tokens=True,
+        num_top=20,
     ),
     Cancel("gen_1"),
 ]
@@ -106,6 +131,11 @@ EVENTS: list[Event] = [
     Finished(
         "gen_1",
         (OutputEnd("stop", "\n", 3), OutputEnd("stop", 999, 2), OutputEnd("length", None, 9)),
+        Timings(queue_seconds=0.1, first_token_seconds=None, total_seconds=0.5),
+    ),
+    Scored(
+        "sco_1",
+        (InputScore(3, (TARGET, TARGET)),),
         Timings(queue_seconds=0.1, first_token_seconds=None, total_seconds=0.5),
     ),
     Failed("gen_1", "queue_full", "because", "/prompt/0", 5),
@@ -288,3 +318,6 @@ def test_the_api_asks_for_no_more_than_an_engine_gives():
     assert limits["stop_token_ids"]["maxItems"] + 2 <= MAX_STOP_IDS
     assert limits["logit_bias"]["maxProperties"] == MAX_BIASES
     assert limits["num_beams"]["maximum"] == MAX_SEARCH_WIDTH == MAX_WIDTH
+    assert score_schemas.MAX_TOP == MAX_LOGPROBS
+    # All first tokens of a context's targets are asked about behind one place.
+    assert score_schemas.MAX_TARGETS <= HEAD_PAIRS

@@ -133,6 +133,17 @@ def test_a_beam_search_returns_its_best_beams(served):
     assert all(0 < len(output["token_ids"]) <= 16 for output in outputs)
 
 
+def test_paris_is_the_likeliest_target(served):
+    answer = json.loads(served.run(command_with('"inputs"')))
+    context, text = answer["results"]
+    paris, rome = context["targets"]
+    assert paris["greedy"] is False, "it goes on with a description"
+    assert paris["prob"] > 0.9
+    assert paris["prob"] + rome["prob"] == pytest.approx(1)
+    (whole,) = text["targets"]
+    assert whole["num_tokens"] == text["prompt_tokens"] - 1
+
+
 def test_the_service_tells_what_it_is(served):
     answer = served.run(command_with("/info"))
     assert '"preset":"gemma3_270m"' in answer
@@ -146,8 +157,9 @@ def test_the_worker_at_rest_holds_less_than_two_and_a_half_times_the_weights(ser
     (worker,) = children
     status = Path(f"/proc/{worker}/status").read_text()
     resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
-    # 3 global layers of 4,096 positions and 15 local ones of 768, 8 slots, keys and values.
-    kv_cache = 2 * 4 * 8 * (3 * 4096 + 15 * 768) * 256
+    # 3 global layers of 4,096 positions and 15 local ones of 768, keys and values, 8 slots and 3
+    # of scores.
+    kv_cache = 2 * 4 * 11 * (3 * 4096 + 15 * 768) * 256
     assert resident - kv_cache < 2.5 * WEIGHTS_BYTES
 
 
@@ -188,6 +200,7 @@ def test_no_command_of_the_readme_is_left_out():
             "Once upon a time",
             "Water boils",
             '"sampler": "beam"',
+            '"inputs"',
             "/info",
             "gemma-service fetch",
             "--help",

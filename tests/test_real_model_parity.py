@@ -15,6 +15,7 @@ from model.progress import no_progress
 from model.slots import DecodeRow, EngineOptions, Sampling
 from tests.gold import our_answers
 from tests.test_engine import one_step, prefill, rules_of
+from tests.test_scores import logprobs_of, residuals_of
 
 _GOLDENS = Path(__file__).parent / "goldens" / "gemma3_270m"
 _CASES = {
@@ -69,6 +70,15 @@ def test_a_full_forward_gives_prompt_tokens_the_logprobs_of_transformers(full, n
     assert len(full.prompt) >= min(256, len(expected))
     expected = expected[-len(full.prompt) :]
     np.testing.assert_allclose(full.prompt, expected, rtol=0, atol=_PROMPT_TOLERANCE)
+
+
+@pytest.mark.parametrize("case_name", ["The capital of France is", "code_and_scripts"])
+def test_a_score_gives_prompt_tokens_the_logprobs_of_transformers(engine, case_name):
+    case = _CASES[case_name]
+    token_ids = case["token_ids"]
+    residuals = residuals_of(engine, token_ids[:-1])
+    found = logprobs_of(engine, residuals, token_ids[1:])
+    np.testing.assert_allclose(found, case["prompt_logprobs"], rtol=0, atol=_PROMPT_TOLERANCE)
 
 
 def test_decode_draws_the_greedy_tokens_of_transformers(cached):

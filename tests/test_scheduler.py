@@ -9,6 +9,7 @@ from service.worker.scheduler import (
     LookUp,
     Prefill,
     PrefillLimits,
+    ReadScores,
     Row,
     RowKey,
     Scheduler,
@@ -268,6 +269,25 @@ def test_a_chunk_is_asked_for_until_it_is_recorded_with_a_step_after_each_part()
     assert parts[0] is parts[2], "told from a chunk that begins anew"
     scheduler.record_prefill(parts[0])
     assert scheduler.next_action() == Decode((stream, long))
+
+
+def test_scores_take_turns_with_prompts_and_a_step_follows_each_part():
+    scheduler = Scheduler(2, LIMITS)
+    stream, long = row("stream"), row("long", 4)
+    scheduler.submit([stream, long])
+    scheduler.start_waiting()
+    scheduler.has_scores = True
+    actions = [type(scheduler.next_action()) for _ in range(8)]
+    assert actions == [Prefill, Decode, ReadScores, Decode] * 2
+    scheduler.remove(stream)
+    actions = [type(scheduler.next_action()) for _ in range(4)]
+    assert actions == [Prefill, ReadScores] * 2
+    scheduler.remove(long)
+    assert scheduler.is_pressed
+    assert scheduler.next_action() == ReadScores()
+    scheduler.has_scores = False
+    assert not scheduler.is_pressed
+    assert scheduler.next_action() == Idle()
 
 
 def test_short_prompts_share_a_chunk_and_longer_ones_wait_for_their_own():

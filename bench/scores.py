@@ -1,0 +1,190 @@
+"""What scores cost over HTTP on this machine: ``python -m bench.scores``.
+
+One service, and each comparison in turns: calls of one row at once against one call of all of them,
+short calls together against one after another, a context with many targets against the same with
+one, streams beside scores against streams alone, and the memory of a long text. Prints Markdown.
+"""
+
+import asyncio
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+
+from bench.mixes import prompt
+from bench.run_options import fresh_service
+from bench.service_metrics import compilations_while_serving
+from bench.service_process import resident_bytes
+from bench.streams import Ask, together
+from bench.summary import percentile, token_gaps
+
+_ROUNDS = 5
+_ROWS = 64
+_ROW_TOKENS = 64
+_SHORT_CALLS = 16
+_SHORT_TOKENS = 4
+# One token each, and so is the word behind them.
+_WORDS = (
+    *("one", "two", "red", "old", "new", "good", "small", "long"),
+    *("high", "few", "big", "own", "sure", "free", "true", "full"),
+)
+_LONG_TOKENS = 2_000
+_STREAMS = 4
+_STREAM_TOKENS = 96
+
+
+class Calls:
+    """Calls of ``/score``, from threads where several are to be on their way at once."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def seconds(self, *bodies: dict[str, Any]) -> float:
+        """Until all of them are answered, sent at once."""
+        with httpx.Client(base_url=self._url, timeout=None) as client:
+            began = time.perf_counter()
+            threads = [threading.Thread(target=_post, args=(client, body)) for body in bodies]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return time.perf_counter() - began
+
+    def post(self, body: dict[str, Any]) -> dict[str, Any]:
+        with httpx.Client(base_url=self._url, timeout=None) as client:
+            return _post(client, body)
+
+
+def _post(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    response = client.post("/score", json=body)
+    response.raise_for_status()
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def rows(generator: random.Random, count: int, num_tokens: int) -> list[dict[str, Any]]:
+    return [{"token_ids": list(prompt(generator, num_tokens))} for _ in range(count)]
+
+
+def in_turns(
+    first: Callable[[], float], second: Callable[[], float]
+) -> tuple[list[float], list[float]]:
+    """Seconds of both, measured alternately after one call of each that does not count."""
+    first(), second()
+    pairs = [(first(), second()) for _ in range(_ROUNDS)]
+    return [one for one, _ in pairs], [other for _, other in pairs]
+
+
+def line(what: str, first: Sequence[float], second: Sequence[float], ratio: float) -> str:
+    ms = " | ".join(f"{statistics.median(each) * 1e3:.0f}" for each in (first, second))
+    return f"| {what} | {ms} | {ratio:.2f} |"
+
+
+def compare(what: str, first: Callable[[], float], second: Callable[[], float]) -> str:
+    """A line with both medians, and the median of the ratios of each round."""
+    ours, others = in_turns(first, second)
+    pairs = zip(ours, others, strict=True)
+    return line(what, ours, others, statistics.median(one / other for one, other in pairs))
+
+
+def packed(calls: Calls, generator: random.Random) -> str:
+    inputs = rows(generator, _ROWS, _ROW_TOKENS)
+    return compare(
+        f"{_ROWS} calls of one row of {_ROW_TOKENS} tokens against one call of {_ROWS} rows",
+        lambda: calls.seconds(*[{"inputs": [each]} for each in inputs]),
+        lambda: calls.seconds({"inputs": inputs}),
+    )
+
+
+def short(calls: Calls, generator: random.Random) -> str:
+    bodies = [{"inputs": [each]} for each in rows(generator, _SHORT_CALLS, _SHORT_TOKENS)]
+    return compare(
+        f"{_SHORT_CALLS} calls of {_SHORT_TOKENS} tokens in turn against together",
+        lambda: sum(calls.seconds(body) for body in bodies),
+        lambda: calls.seconds(*bodies),
+    )
+
+
+def targets(calls: Calls, num_context: int) -> str:
+    """The context is a word of one token again and again, behind bos."""
+    context = " the" * (num_context - 1)
+    many = {"inputs": [{"context": context, "targets": [f" {word} day" for word in _WORDS]}]}
+    one = {"inputs": [{"context": context, "targets": [" one day"]}]}
+    [result] = calls.post(many)["results"]
+    assert result["prompt_tokens"] == num_context
+    assert [target["num_tokens"] for target in result["targets"]] == [2] * len(_WORDS)
+    return compare(
+        f"a context of {num_context} tokens with {len(_WORDS)} targets of 2 against one target",
+        lambda: calls.seconds(many),
+        lambda: calls.seconds(one),
+    )
+
+
+def gaps(url: str, calls: Calls, generator: random.Random) -> str:
+    """99th percentile of the gaps of streams, with scores that never end and without."""
+
+    def streams() -> float:
+        asks = [Ask(prompt(generator, 16), _STREAM_TOKENS) for _ in range(_STREAMS)]
+        records = asyncio.run(together(url, asks))
+        return percentile([gap for record in records for gap in token_gaps(record)], 99)
+
+    def beside() -> float:
+        is_over = threading.Event()
+
+        def score() -> None:
+            while not is_over.is_set():
+                calls.post({"inputs": rows(generator, 4, 200)})
+
+        scoring = threading.Thread(target=score)
+        scoring.start()
+        try:
+            return streams()
+        finally:
+            is_over.set()
+            scoring.join()
+
+    return compare(f"p99 gap of {_STREAMS} streams beside scores against alone", beside, streams)
+
+
+def memory(pid: int, calls: Calls, generator: random.Random) -> str:
+    body = {"inputs": rows(generator, 1, _LONG_TOKENS)}
+    at_rest = resident_bytes(pid)
+    peak = at_rest
+    scoring = threading.Thread(target=calls.post, args=(body,))
+    scoring.start()
+    while scoring.is_alive():
+        peak = max(peak, resident_bytes(pid))
+        time.sleep(0.005)
+    return f"a text of {_LONG_TOKENS} tokens: {(peak - at_rest) / 1e6:.0f} MB above rest"
+
+
+def main() -> None:
+    generator = random.Random("scores")
+    with fresh_service(8) as service:
+        calls = Calls(service.url)
+        lines = [
+            f"load before: {os.getloadavg()[0]:.2f}",
+            "",
+            memory(service.worker_pid(), calls, generator),
+            "",
+            "| what | ms | ms | ratio |",
+            "|---|---|---|---|",
+            packed(calls, generator),
+            short(calls, generator),
+            targets(calls, 256),
+            targets(calls, 300),
+            gaps(service.url, calls, generator),
+            "",
+            f"compilations while serving: {compilations_while_serving(service.url)}",
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
