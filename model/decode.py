@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import GemmaConfig
-from model.gemma.block import LayerTraits, SlotRows, block
+from model.gemma.block import LayerTraits, block
+from model.gemma.cached_attention import SlotRows
 from model.gemma.forward import embed, final_hidden, unembed
 from model.gemma.kv_cache import LayerCache
 from model.gemma.padded_rows import pad_rows, step_rows

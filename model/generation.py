@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from model.config import GemmaConfig
 from model.gemma import kv_cache
-from model.gemma.block import LayerTraits, SlotRows, block, layer_traits
+from model.gemma.block import LayerTraits, block, layer_traits
+from model.gemma.cached_attention import SlotRows
 from model.gemma.forward import embed, final_hidden, unembed
 from model.gemma.kv_cache import LayerCache
 from model.gemma.weights import GemmaWeights

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from model.config import GemmaConfig
-from model.gemma.block import LayerTraits, PackedPrompts, block
+from model.gemma.block import LayerTraits, block
+from model.gemma.cached_attention import PackedPrompts
 from model.gemma.forward import scale_embeddings
 from model.gemma.kv_cache import LayerCache
 from model.gemma.weights import BlockWeights
@@ -30,7 +31,7 @@ MAX_PACKED_PROMPTS = 16
 
 
 class ChunkRows(NamedTuple):
-    """Where the tokens of a chunk belong; the fields of `model.gemma.block.PackedPrompts`.
+    """Where the tokens of a chunk belong: `model.gemma.cached_attention.PackedPrompts`.
 
     ``positions`` are those of every token.
     """

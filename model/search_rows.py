@@ -20,7 +20,6 @@ from model.gemma.weights import GemmaWeights
 from model.samplers.penalties import add_biases
 from model.slots import MAX_LOGPROBS
 
-
 # Rows of what a step of a search looks at, whatever the number of its rows.
 SEARCH_ROWS = 8
 

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from model.gemma import kv_cache
-from model.gemma.block import SlotRows, block, layer_traits
+from model.gemma.block import block, layer_traits
+from model.gemma.cached_attention import SlotRows
 from model.gemma.forward import EMBEDDING_LAYER, embed, final_hidden, forward, head
 from model.gemma.kv_cache import LayerCache
 from tests import goldens

@@ -14,22 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import LOCAL_ROPE_THETA, GemmaConfig
-from model.gemma import kv_cache, masks
-from model.gemma.attention import attend, attend_slot
+from model.gemma import masks
+from model.gemma.attention import attend
+from model.gemma.cached_attention import PackedPrompts, SlotRows, attend_prompts, attend_rows
 from model.gemma.kv_cache import LayerCache
 from model.gemma.norms import rms_norm
-from model.gemma.padded_rows import StepRows, padded_again, real_rows
+from model.gemma.padded_rows import StepRows
 from model.gemma.projection import AdapterTerm, PromptTokens, projection
 from model.gemma.rope import apply_rope, inverse_frequencies
 from model.gemma.weights import BlockWeights
-from model.kernels.attention import decode_attention
 
 Residual = Float[Array, "batch seq width"]
 Intervention = Callable[[Residual], Residual]
-
-# Queries of one prompt that attend together where several prompts share a chunk. With more of them
-# a short prompt costs more than it needs; with 8, one of 64 tokens costs what it does in one go.
-_TILE_TOKENS = 8
 
 
 class LayerTraits(NamedTuple):
@@ -37,42 +33,6 @@ class LayerTraits(NamedTuple):
 
     rope_frequencies: Float[Array, " half_head_dim"]
     window_tokens: Int[Array, ""]
-
-
-class SlotRows(NamedTuple):
-    """A layer's cache and which slot each row of the batch reads and writes.
-
-    In a decode step only some of the rows are real (`model.gemma.padded_rows`).
-    """
-
-    cache: LayerCache
-    slots: Int[Array, " batch"]
-    step: StepRows | None = None
-
-
-class PackedPrompts(NamedTuple):
-    """A layer's cache and the prompts that lie one behind the other in the one row of a batch.
-
-    Prompt i has ``lengths[i]`` tokens from ``offsets[i]`` on, which are those of slot ``slots[i]``
-    from position ``starts[i]`` on, all within one block. Only the first ``num_prompts`` are real.
-    Several may stand in one slot, one after another: each sees what the ones before it wrote.
-    ``is_native`` is static: the native kernels compute.
-    """
-
-    cache: LayerCache
-    slots: Int[Array, " prompts"]
-    offsets: Int[Array, " prompts"]
-    lengths: Int[Array, " prompts"]
-    starts: Int[Array, " prompts"]
-    num_prompts: Int[Array, ""]
-    is_native: bool = False
-
-    @property
-    def tokens(self) -> PromptTokens | None:
-        """Which tokens are real, if native kernels are to know."""
-        is_prompt = jnp.arange(self.lengths.shape[0]) < self.num_prompts
-        ends = jnp.where(is_prompt, self.offsets + self.lengths, 0)
-        return PromptTokens(jnp.max(ends).astype(jnp.int32)) if self.is_native else None
 
 
 def layer_traits(config: GemmaConfig) -> list[LayerTraits]:
@@ -135,10 +95,19 @@ def block(
         mask = masks.visible_unpadded(positions, padding_mask, traits.window_tokens)
         context = attend(query, key, value, mask, logit_cap=config.attention_soft_cap)
     elif isinstance(rows, PackedPrompts):
-        context, cache = _attend_prompts(config, traits, query, key, value, rows)
+        context, cache = attend_prompts(
+            query, key, value, rows, traits.window_tokens, logit_cap=config.attention_soft_cap
+        )
     else:
-        cache = kv_cache.write(rows.cache, rows.slots, positions, key, value)
-        context = _attend_rows(config, traits, query, rows._replace(cache=cache), positions)
+        context, cache = attend_rows(
+            query,
+            key,
+            value,
+            rows,
+            positions,
+            traits.window_tokens,
+            logit_cap=config.attention_soft_cap,
+        )
     flat = context.reshape(*x.shape[:2], config.num_query_heads * config.head_dim)
     attended = project("attention_output", flat)
     if weights.post_attention_norm is not None:
@@ -188,98 +157,6 @@ def _query_key_value(
     query = query * jnp.asarray(config.query_scale, query.dtype)
     key = apply_rope(key, positions, traits.rope_frequencies)
     return query, key, heads("value")
-
-
-def _attend_rows(
-    config: GemmaConfig,
-    traits: LayerTraits,
-    query: Float[Array, "batch seq heads head_dim"],
-    rows: SlotRows,
-    positions: Int[Array, "batch seq"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Attention row by row, so that a row's bits and cost do not depend on its company."""
-
-    def attend_row(row: tuple[Array, Array, Array]) -> Array:
-        row_query, slot, row_positions = row
-        return attend_slot(
-            row_query,
-            rows.cache,
-            slot,
-            row_positions,
-            traits.window_tokens,
-            logit_cap=config.attention_soft_cap,
-        )
-
-    num_real = None if rows.step is None else rows.step.num_real
-    real = (real_rows(query, rows.step), rows.slots[:num_real], positions[:num_real])
-    if rows.step is not None and rows.step.is_native:
-        attended = decode_attention(
-            real[0][:, 0],
-            *rows.cache,
-            real[1],
-            real[2][:, 0],
-            traits.window_tokens,
-            logit_cap=config.attention_soft_cap,
-        )[:, None]
-    else:
-        attended = jax.lax.map(attend_row, real)
-    return padded_again(attended, rows.step)
-
-
-def _attend_prompts(
-    config: GemmaConfig,
-    traits: LayerTraits,
-    query: Float[Array, "1 seq heads head_dim"],
-    key: Float[Array, "1 seq kv_heads head_dim"],
-    value: Float[Array, "1 seq kv_heads head_dim"],
-    prompts: PackedPrompts,
-) -> tuple[Float[Array, "1 seq heads head_dim"], LayerCache]:
-    """Attention prompt by prompt, each from its beginning in tiles of a fixed shape.
-
-    So a prompt meets the same instructions, and gets the same bits, alone and behind others, and
-    costs what its own tokens cost. Only these are written: a neighbour that is not finite must not
-    get into its slot. What a tile leaves behind a prompt is overwritten by the next one.
-    """
-    seq = query.shape[1]
-    tile = min(seq, _TILE_TOKENS) if prompts.slots.shape[0] > 1 else seq
-    # Room for a prompt that begins at the last token.
-    query, key, value = (
-        jnp.concatenate([x, jnp.zeros_like(x)], axis=1) for x in (query, key, value)
-    )
-
-    def add_prompt(
-        index: Int[Array, ""], carry: tuple[Array, LayerCache]
-    ) -> tuple[Array, LayerCache]:
-        context, cache = carry
-        offset, slot = prompts.offsets[index], prompts.slots[index]
-        start, length = prompts.starts[index], prompts.lengths[index]
-
-        def own(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, offset, seq, axis=1)[0]
-
-        cache = kv_cache.write_prompt(cache, slot, start, length, own(key), own(value))
-
-        def add_tile(number: Int[Array, ""], context: Array) -> Array:
-            place = number * tile
-            attended = attend_slot(
-                jax.lax.dynamic_slice_in_dim(query, offset + place, tile, axis=1)[0],
-                cache,
-                slot,
-                start + place + jnp.arange(tile, dtype=jnp.int32),
-                traits.window_tokens,
-                logit_cap=config.attention_soft_cap,
-                last_position=start + length - 1,
-            )
-            return jax.lax.dynamic_update_slice_in_dim(
-                context, attended[None], offset + place, axis=1
-            )
-
-        num_tiles = (length + (tile - 1)) // tile
-        return jax.lax.fori_loop(0, num_tiles, add_tile, context), cache
-
-    start = (jnp.zeros_like(query), prompts.cache)
-    context, cache = jax.lax.fori_loop(0, prompts.num_prompts, add_prompt, start)
-    return context[:, :seq], cache
 
 
 def _feed_forward(

@@ -1,7 +1,7 @@
 """The product of rows with a weight matrix, as a native custom call of XLA.
 
-One order of summation for each number of the result, whatever the number of rows, their places and
-the number of threads (`source/product.h` tells which); so a row's bits cannot depend on its company.
+One order of summation for each number of the result, whatever the number of rows, their places or
+the threads (`source/product.h` tells which); so a row's bits cannot depend on its company.
 """
 
 from functools import partial
