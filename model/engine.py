@@ -365,7 +365,7 @@ class GemmaEngine:
         self._states = self._states._replace(caches=caches)
 
     def decode(self, rows: Sequence[DecodeRow], num_steps: int) -> DeviceDispatch:
-        """Starts up to ``num_steps`` steps of 1 to ``num_slots`` rows, in one program or several."""
+        """Starts up to ``num_steps`` steps of all ``rows``, in one program or several."""
         if not 1 <= num_steps <= MAX_STEPS:
             raise ValueError(f"A dispatch holds 1 to {MAX_STEPS} steps, not {num_steps}.")
         buckets = self._row_buckets
