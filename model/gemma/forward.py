@@ -67,7 +67,7 @@ def head(
     x: Float[Array, "batch seq width"],
     *,
     rows: StepRows | None = None,
-) -> Float[Array, "batch seq vocab"]:
+) -> Float[Array, "real seq vocab"]:
     """Logits from the residual stream after the last block: final norm, tied table, soft cap.
 
     With ``rows``, those of a decode step, only some are real; see `model.gemma.padded_rows`.
@@ -80,7 +80,7 @@ def unembed(
     weights: GemmaWeights,
     hidden: Float[Array, "batch seq width"],
     rows: StepRows | None = None,
-) -> Float[Array, "batch seq vocab"]:
+) -> Float[Array, "real seq vocab"]:
     """Logits from the hidden states after the final norm.
 
     With ``rows`` only those of the real rows: logits are too large to be padded with more.
