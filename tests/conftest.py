@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports JAX: tests run on the CPU wherever they run.
@@ -15,9 +15,11 @@ import pytest
 
 from model import engine
 from model.engine import GemmaEngine
+from model.kernels.choice import KernelChoice
 from model.progress import no_progress
 from model.slots import EngineOptions
 from tests import goldens
+from tests.native_kernels import InstructionSets
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -43,13 +45,22 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared / "cache"
 
 
+@pytest.fixture
+def instruction_sets() -> Iterator[InstructionSets]:
+    """Those of the native kernels; the first choice is put back."""
+    sets = InstructionSets()
+    yield sets
+    sets.use(sets.first_choice)
+
+
 @pytest.fixture(scope="session")
-def engine_of(cache_dir: Path) -> Callable[[str], GemmaEngine]:
+def engine_of(cache_dir: Path) -> Callable[..., GemmaEngine]:
     """Loads the engine of a golden set once: 4 slots of 1,024 tokens, room for kept blocks."""
 
     @functools.cache
-    def load(name: str) -> GemmaEngine:
+    def load(name: str, kernels: KernelChoice = "auto") -> GemmaEngine:
         preset = str(goldens.preset_directory(name))
-        return engine.load(EngineOptions(preset, 4, 1024, cache_dir, 2**26), no_progress)
+        options = EngineOptions(preset, 4, 1024, cache_dir, 2**26, kernels)
+        return engine.load(options, no_progress)
 
     return load
