@@ -48,14 +48,14 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buf
   std::int64_t bytes = 0;
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const std::int64_t position = positions.typed_data()[row];
-    if (position >= 0) bytes += (position - first_of(position) + 1) * kv_heads * head_dim * 8;
+    if (position >= 0 && window > 0) bytes += (position - first_of(position) + 1) * kv_heads * head_dim * 8;
   }
   share_work(pool, bytes < kSharedBytes ? 1 : pool.num_threads(), num_rows * kv_heads,
              [&](std::int64_t piece) {
     const std::int64_t row = piece / kv_heads, kv_head = piece % kv_heads;
     const std::int64_t slot = slots.typed_data()[row], position = positions.typed_data()[row];
     float* result = context->typed_data() + piece * heads * head_dim;
-    if (slot < 0 || slot >= num_slots || position < 0) {
+    if (slot < 0 || slot >= num_slots || position < 0 || window < 1 || heads == 0) {
       for (std::int64_t i = 0; i < heads * head_dim; ++i) result[i] = 0.0f;
       return;
     }
