@@ -409,11 +409,21 @@ def test_not_even_nan_of_an_earlier_sequence_changes_a_bit(name, num_prompt_toke
 
 
 @pytest.mark.parametrize(
-    ("num_slots", "buckets"),
-    [(1, (2,)), (2, (2,)), (3, (2, 4)), (5, (2, 4, 8)), (8, (2, 4, 8)), (64, (2, 4, 8))],
+    ("num_slots", "xla", "native"),
+    [
+        (1, (2,), (1,)),
+        (2, (2,), (1, 2)),
+        (3, (2, 4), (1, 2, 4)),
+        (8, (2, 4, 8), (1, 2, 4, 8)),
+        (9, (2, 4, 8), (1, 2, 4, 8, 16)),
+        (64, (2, 4, 8), (1, 2, 4, 8, 16, 32)),
+    ],
 )
-def test_decode_programs_have_two_four_or_eight_rows(num_slots, buckets):
-    assert row_buckets(num_slots) == buckets
+def test_decode_programs_have_up_to_thirty_two_rows_and_with_xla_two_to_eight(
+    num_slots, xla, native
+):
+    assert row_buckets(num_slots, is_native=False) == xla
+    assert row_buckets(num_slots, is_native=True) == native
 
 
 def test_the_engine_says_which_kernels_this_process_has(engine_of):

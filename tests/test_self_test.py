@@ -31,6 +31,7 @@ CHUNKS = (64, 128, 256)
 PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7)
 # A continuation of 11 tokens in three companies, and a full batch of the head.
 NUM_SCORES = 3 * 11 + 32
+KERNELS = "avx2 of-these-sources.so"
 
 
 class Tape:
@@ -332,7 +333,10 @@ def test_one_unit_in_one_residual_of_a_text_in_company_is_found(engine_of, monke
 
 
 def test_a_result_is_kept_for_its_claim_and_no_other(tmp_path):
-    one, other = claim_of({"decode[2]": "a"}, "x"), claim_of({"decode[2]": "b"}, "x")
+    one, other = (
+        claim_of({"decode[2]": "a"}, "x", KERNELS),
+        claim_of({"decode[2]": "b"}, "x", KERNELS),
+    )
     assert kept_result(tmp_path, one) is None
     keep_result(tmp_path, one, PASSED)
     assert kept_result(tmp_path, one) == PASSED
@@ -340,16 +344,24 @@ def test_a_result_is_kept_for_its_claim_and_no_other(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_claim_is_about_programs_weights_and_threads(monkeypatch):
-    claims = {claim_of({"a": "1", "b": "2"}, "x"), claim_of({"b": "2", "a": "1"}, "x")}
+def test_a_claim_is_about_programs_weights_kernels_and_threads(monkeypatch):
+    claims = {
+        claim_of({"a": "1", "b": "2"}, "x", KERNELS),
+        claim_of({"b": "2", "a": "1"}, "x", KERNELS),
+    }
     assert len(claims) == 1
-    claims |= {claim_of({"a": "1"}, "x"), claim_of({"a": "2"}, "x"), claim_of({"c": "1"}, "x")}
-    claims.add(claim_of({"a": "1"}, "y"))
+    claims |= {
+        claim_of({"a": "1"}, "x", KERNELS),
+        claim_of({"a": "2"}, "x", KERNELS),
+        claim_of({"c": "1"}, "x", KERNELS),
+    }
+    claims.add(claim_of({"a": "1"}, "y", KERNELS))
+    claims.add(claim_of({"a": "1"}, "x", "avx2 of-others.so"))
     monkeypatch.setenv("NPROC", "61")
-    claims.add(claim_of({"a": "1"}, "x"))
+    claims.add(claim_of({"a": "1"}, "x", KERNELS))
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    claims.add(claim_of({"a": "1"}, "x"))
-    assert len(claims) == 7
+    claims.add(claim_of({"a": "1"}, "x", KERNELS))
+    assert len(claims) == 8
 
 
 @pytest.mark.parametrize(
@@ -367,7 +379,7 @@ def test_a_claim_is_about_programs_weights_and_threads(monkeypatch):
     ],
 )
 def test_a_damaged_record_is_not_trusted_and_replaced(tmp_path, damage, caplog):
-    claim = claim_of({}, "x")
+    claim = claim_of({}, "x", KERNELS)
     keep_result(tmp_path, claim, PASSED)
     [path] = tmp_path.iterdir()
     path.write_text(damage(path.read_text()))
