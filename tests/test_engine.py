@@ -25,6 +25,7 @@ from tests import goldens
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 compiled_forward = jax.jit(forward, static_argnums=0)
 PRESETS = pytest.mark.parametrize("name", goldens.TINY_PRESETS)
+PATHS = pytest.mark.parametrize(("name", "kernels"), goldens.PATHS)
 
 
 def random_tokens(num_tokens, seed=0):
@@ -97,11 +98,13 @@ def full_logprobs(name, tokens):
     return np.asarray(jax.nn.log_softmax(logits, axis=-1))[: len(tokens)]
 
 
-@PRESETS
+@PATHS
 @pytest.mark.parametrize("num_prompt_tokens", [1, 2, 33, 256, 257, 258, 700])
-def test_prefill_and_decode_equal_one_full_forward_pass(name, num_prompt_tokens, engine_of):
+def test_prefill_and_decode_equal_one_full_forward_pass(
+    name, kernels, num_prompt_tokens, engine_of
+):
     prompt = random_tokens(num_prompt_tokens)
-    completion, logprobs = continue_alone(engine_of(name), prompt, 8)
+    completion, logprobs = continue_alone(engine_of(name, kernels), prompt, 8)
     tokens = prompt + completion
     expected = full_logprobs(name, tokens)[np.arange(len(prompt) - 1, len(tokens) - 1), completion]
     np.testing.assert_allclose(logprobs, expected, atol=2e-4, rtol=0)
@@ -125,9 +128,9 @@ def test_what_a_slot_held_before_changes_no_bit(name, engine_of):
     assert continue_alone(engine, prompt, 6, slot=3) == first
 
 
-@PRESETS
-def test_rows_of_a_batch_answer_as_they_do_alone_to_the_last_bit(name, engine_of):
-    engine = engine_of(name)
+@PATHS
+def test_rows_of_a_batch_answer_as_they_do_alone_to_the_last_bit(name, kernels, engine_of):
+    engine = engine_of(name, kernels)
     # In another order than the slots, which must not matter.
     prompts = {slot: random_tokens(n, seed=n) for slot, n in ((2, 300), (0, 3), (1, 40))}
     samplings = {0: GREEDY, 1: Sampling(1.5, 0, 0.9, 7), 2: Sampling(0.7, 40, 1.0, 8)}
@@ -426,9 +429,10 @@ def test_decode_programs_have_up_to_thirty_two_rows_and_with_xla_two_to_eight(
     assert row_buckets(num_slots, is_native=True) == native
 
 
-def test_the_engine_says_which_kernels_this_process_has(engine_of):
-    info = engine_of(goldens.TINY_PRESETS[0]).info
-    kernels = load_kernels()
+@pytest.mark.parametrize("choice", ["auto", "xla"])
+def test_the_engine_says_which_kernels_it_computes_with(choice, engine_of):
+    info = engine_of("gemma3_tiny", choice).info
+    kernels = load_kernels(choice)
 
     assert (info.kernels, info.kernels_reason) == (kernels.name, kernels.reason or None)
     assert (info.kernels == "xla") == (info.kernels_reason is not None)

@@ -23,10 +23,13 @@ def stop_ids_of(case, codec):
     return codec.stop_ids if asked == "auto" else asked
 
 
-@pytest.mark.parametrize(("name", "tag"), GREEDY_TAGS)
-def test_tokens_and_masks_equal_keras_hub(name, tag, engine_of):
+@pytest.mark.parametrize(
+    ("name", "kernels", "tag"),
+    [(*path, tag) for path in goldens.PATHS for name, tag in GREEDY_TAGS if name == path[0]],
+)
+def test_tokens_and_masks_equal_keras_hub(name, kernels, tag, engine_of):
     case, given = case_of(name, tag), goldens.arrays(name)
-    engine = engine_of(name)
+    engine = engine_of(name, kernels)
     token_ids, mask = generate(
         engine,
         given[f"gen.{tag}.in_token_ids"],

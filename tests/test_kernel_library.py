@@ -35,7 +35,8 @@ def said(root, program=SAY):
 
 @needs_a_compiler
 def test_a_library_is_loaded_once_and_xla_calls_its_handlers(tmp_path):
-    build(copy_kernels(tmp_path, handling_source()), COMPILERS)
+    kernels = copy_kernels(tmp_path, handling_source())
+    build(kernels, COMPILERS)
     program = f"""
 import jax, jax.numpy as jnp
 from model.kernels.library import load_kernels

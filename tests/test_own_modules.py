@@ -49,8 +49,8 @@ def test_a_worker_runs_our_modules(trap, tmp_path, environment):
         [SCRIPT, *words], cwd=trap, env=environment, stderr=subprocess.PIPE, text=True
     ) as service:
         assert service.stderr is not None
-        # The first one is a log line: which kernels there are.
-        lines = [json.loads(service.stderr.readline()) for _ in range(3)][1:]
+        # Two processes write: where the service listens, which kernels there are, how far it is.
+        lines = [json.loads(service.stderr.readline()) for _ in range(4)]
         service.kill()
-    assert {line["event"] for line in lines} == {"progress"}
+    assert "progress" in {line.get("event") for line in lines}
     assert not (tmp_path / "sprung").exists()

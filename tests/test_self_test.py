@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from model.engine import load
+from model.engine_programs import row_buckets
 from model.errors import SelfTestFailed
+from model.kernels.library import load_kernels
 from model.progress import no_progress
 from model.score_self_test import compare_scores
 from model.self_test import compare_bits
@@ -258,13 +260,29 @@ def test_a_difference_behind_the_first_block_is_found():
 # --- on compiled programs ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", goldens.TINY_PRESETS)
-def test_the_programs_of_every_family_pass_and_info_says_so(name, engine_of):
-    engine = engine_of(name)
-    assert compare_bits(engine) == PASSED
+def passed(kernels="auto"):
+    """By an engine of four slots: with native kernels a lone row runs as one."""
+    row_counts = row_buckets(4, is_native=load_kernels(kernels).is_native)
+    return replace(PASSED, row_counts=row_counts)
+
+
+@pytest.mark.parametrize(("name", "kernels"), goldens.PATHS)
+def test_the_programs_of_every_family_pass_and_info_says_so(name, kernels, engine_of):
+    engine = engine_of(name, kernels)
+    rows = passed(kernels)
+    assert compare_bits(engine) == rows
     assert compare_scores(engine) == NUM_SCORES
-    num_compared = PASSED.num_comparisons + NUM_SCORES
-    assert engine.info.self_test == replace(PASSED, num_comparisons=num_compared)
+    num_compared = rows.num_comparisons + NUM_SCORES
+    assert engine.info.self_test == replace(rows, num_comparisons=num_compared)
+
+
+def test_native_kernels_pass_among_one_to_thirty_two_rows(cache_dir):
+    if not load_kernels().is_native:
+        pytest.skip(f"kernels here: {load_kernels()}")
+    preset = str(goldens.preset_directory("gemma3_tiny"))
+    engine = load(EngineOptions(preset, 32, 256, cache_dir, kernels="native"), no_progress)
+    assert engine.info.self_test.row_counts == (1, 2, 4, 8, 16, 32)
+    assert engine.info.self_test.num_comparisons > PASSED.num_comparisons
 
 
 def test_one_unit_in_one_row_of_a_compiled_step_is_found(engine_of, monkeypatch):
@@ -407,14 +425,14 @@ def test_a_second_start_trusts_the_record_of_the_first(engine_of, cache_dir):
     finally:
         for path, text in marked.items():
             path.write_text(text)
-    assert again.info.self_test == SelfTest((2, 4), CHUNKS, 12_345)
+    assert again.info.self_test == replace(passed(), num_comparisons=12_345)
 
 
 # --- in the service ---------------------------------------------------------------------------
 
 
 def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
-    engine = engine_of("gemma3_tiny")
+    engine = engine_of("gemma3_tiny", "xla")
     view = NoWorker()
     state = ServiceState(Settings(), WorkerClient(print), view, Metrics())
     view.info = server_info(engine.info)

@@ -14,6 +14,8 @@ from model.presets.keras_directory import KerasPreset
 
 _ROOT = Path(__file__).parent
 TINY_PRESETS = ("gemma1_tiny", "gemma2_tiny", "gemma3_tiny")
+# With the kernels that there are, and one of them without: both paths of the products.
+PATHS = (*((name, "auto") for name in TINY_PRESETS), ("gemma3_tiny", "xla"))
 
 
 def directory(name: str) -> Path:
