@@ -16,6 +16,7 @@ import pytest
 from model import engine
 from model.engine import GemmaEngine
 from model.kernels.choice import KernelChoice
+from model.programs import use_compile_cache
 from model.progress import no_progress
 from model.slots import EngineOptions
 from tests import goldens
@@ -51,6 +52,13 @@ def instruction_sets() -> Iterator[InstructionSets]:
     sets = InstructionSets()
     yield sets
     sets.use(sets.first_choice)
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(cache_dir: Path) -> None:
+    """What one test has compiled, another fetches, before and after an engine is loaded.
+
+    Without this, programs of Keras models were kept only once a test had loaded an engine.
+    """
+    use_compile_cache(cache_dir)
 
 
 @pytest.fixture(scope="session")
