@@ -28,6 +28,7 @@ def test_a_thousand_streams_at_once_get_every_token_of_their_own_in_order(tmp_pa
         streams = asyncio.run(stream_all(service.port, bodies))
         for events, body in zip(streams, bodies, strict=True):
             check(events, body)
-        assert eventually(lambda: api.num_fds() == descriptors)
+        # The connection that asked whether it is ready may have been idle for too long by then.
+        assert eventually(lambda: api.num_fds() <= descriptors)
         tokens = 'gemma_generation_tokens_total{adapter="base"}'
         assert service.metric(tokens) == NUM_STREAMS * MAX_TOKENS
