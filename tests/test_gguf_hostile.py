@@ -19,8 +19,8 @@ from tests.gguf_files import GgufFile, Tensor, refusal_of, tiny_file
 
 NUM_MUTANTS = 500
 SECONDS_PER_MUTANT = 1.0
-# Generous, for busy machines: such files take well under one second here, and minutes in
-# readers without budgets.
+# Of the processor, which neighbours on the machine do not lengthen. Generous all the same: such
+# files take a few seconds here, and minutes in readers without budgets.
 SECONDS_PER_BOMB = 10.0
 
 HUGE = 1 << 63
@@ -148,9 +148,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 )
 def test_a_hostile_header_costs_little_memory_and_time(tmp_path, payload):
     path = GgufFile(payload, []).write(tmp_path / "bomb.gguf")
-    started = time.perf_counter()
+    started = time.process_time()
     refusal_of(path)
-    assert time.perf_counter() - started < SECONDS_PER_BOMB
+    assert time.process_time() - started < SECONDS_PER_BOMB
     read = min(path.stat().st_size, gguf_header.MAX_HEADER_BYTES)
     tracemalloc.start()
     refusal_of(path)
@@ -162,9 +162,9 @@ def test_a_hostile_header_costs_little_memory_and_time(tmp_path, payload):
 def test_the_largest_tensor_list_is_read_quickly(tmp_path):
     tensors = [Tensor(f"t{i}", (1, 1, 1, 8), 0, bytes(32)) for i in range(20_000)]
     head = GgufFile({}, tensors).write(tmp_path / "many.gguf")
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read_header(head).tensors) == 20_000
-    assert time.perf_counter() - started < SECONDS_PER_BOMB
+    assert time.process_time() - started < SECONDS_PER_BOMB
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -210,7 +210,7 @@ def test_every_mutant_is_read_or_refused_quickly(tmp_path):
     num_read = 0
     for number in range(NUM_MUTANTS):
         path.write_bytes(mutant(whole, file.header_bytes, chance))
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             preset = GgufPreset.open(path)
             assert [name for name, _ in preset.arrays()]
@@ -224,5 +224,5 @@ def test_every_mutant_is_read_or_refused_quickly(tmp_path):
             num_read += 1
         assert str(path) in message, number
         assert "\n" not in message, number
-        assert time.perf_counter() - started < SECONDS_PER_MUTANT, number
+        assert time.process_time() - started < SECONDS_PER_MUTANT, number
     assert 0 < num_read < NUM_MUTANTS // 2

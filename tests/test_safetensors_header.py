@@ -68,7 +68,7 @@ def test_data_must_be_exactly_as_long_as_the_header_says(tmp_path, num_data_byte
 def test_a_million_empty_tensors_are_refused_without_parsing_them(tmp_path):
     header = b"{" + b",".join(b'"%x":{}' % number for number in range(400_000)) + b"}"
     write_safetensors(tmp_path / "x", header[: 4 << 20])
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(PresetFileInvalid, match="more than 20000 tensors"):
         check_safetensors(tmp_path / "x", SPECS)
-    assert time.perf_counter() - start < 0.5  # about 0.01 s; parsing takes far longer
+    assert time.process_time() - start < 0.5  # about 0.01 s; parsing takes far longer

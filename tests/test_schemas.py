@@ -317,18 +317,18 @@ def test_a_request_without_a_prompt_is_refused():
 
 
 def test_a_hundred_thousand_unknown_fields_are_one_error_found_at_once():
-    start = time.perf_counter()
+    start = time.process_time()
     found = errors(**{f"unknown_{index}": 1 for index in range(100_000)})
     assert len(found) == 1
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_a_mebibyte_of_token_ids_is_checked_at_once():
     token_ids = [5] * 349_525
     GenerateRequest(prompt=token_ids)
-    start = time.perf_counter()
+    start = time.process_time()
     GenerateRequest(prompt=token_ids)
-    assert time.perf_counter() - start < 0.15
+    assert time.process_time() - start < 0.15
 
 
 def test_the_published_schema_has_the_four_forms_of_a_prompt_and_no_other_field():
