@@ -1,4 +1,4 @@
-"""What every test shares: a strict JAX, and the versions in the header."""
+"""What every test shares: a strict JAX, the versions in the header, what is compiled, the order."""
 
 import functools
 import importlib.metadata
@@ -23,6 +23,23 @@ from tests import goldens
 from tests.native_kernels import InstructionSets
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The files that take longest start first, so that at the end no process is left alone with one of
+# them. In between is what mostly waits for processes and clocks, so that one process computes while
+# the other waits. What needs the real model comes when test_company has compiled it.
+FIRST_FILES = (
+    "test_company",
+    *("test_service_start_stop", "test_service_serving", "test_service_crashes", "test_commands"),
+    "test_keras_generate",
+    *("test_service_stalls", "test_transfers", "test_copies", "test_credentials"),
+    *("test_engine", "test_keras_model", "test_searches", "test_keras_training"),
+    *("test_readme", "test_real_model_parity"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes beside each other take the files in the order of their tests."""
+    items.sort(key=lambda item: (*FIRST_FILES, item.path.stem).index(item.path.stem))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
