@@ -1,4 +1,4 @@
-"""What scores cost over HTTP on this machine: ``python -m bench.scores``.
+"""What scores cost over HTTP on this machine: ``python -m bench.scores [rounds]``.
 
 One service, and each comparison in turns: calls of one row at once against one call of all of them,
 short calls together against one after another, a context with many targets against the same with
@@ -12,7 +12,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -40,25 +42,42 @@ _STREAM_TOKENS = 96
 
 
 class Calls:
-    """Calls of ``/score``, from threads where several are to be on their way at once."""
+    """Calls of ``/score``, from threads where several are to be on their way at once.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: Of the service.
+        num_rounds: How often a comparison is repeated.
+    """
+
+    def __init__(self, url: str, num_rounds: int) -> None:
         self._url = url
+        self._num_rounds = num_rounds
 
     def seconds(self, *bodies: dict[str, Any]) -> float:
         """Until all of them are answered, sent at once."""
-        with httpx.Client(base_url=self._url, timeout=None) as client:
+        with (
+            httpx.Client(base_url=self._url, timeout=None) as client,
+            ThreadPoolExecutor(len(bodies)) as pool,
+        ):
             began = time.perf_counter()
-            threads = [threading.Thread(target=_post, args=(client, body)) for body in bodies]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            # Taken out, so that one that fails is an error of the measurement.
+            list(pool.map(partial(_post, client), bodies))
             return time.perf_counter() - began
 
     def post(self, body: dict[str, Any]) -> dict[str, Any]:
         with httpx.Client(base_url=self._url, timeout=None) as client:
             return _post(client, body)
+
+    def compare(self, what: str, first: Callable[[], float], second: Callable[[], float]) -> str:
+        """A line with both medians and that of the ratios, of rounds after one that is for nothing.
+
+        A round calls one and then the other, so that both meet the machine as it is.
+        """
+        first(), second()
+        pairs = [(first(), second()) for _ in range(self._num_rounds)]
+        ratio = statistics.median(one / other for one, other in pairs)
+        medians = (statistics.median(each) * 1e3 for each in zip(*pairs, strict=True))
+        return f"| {what} | {' | '.join(f'{ms:.0f}' for ms in medians)} | {ratio:.2f} |"
 
 
 def _post(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
@@ -72,30 +91,9 @@ def rows(generator: random.Random, count: int, num_tokens: int) -> list[dict[str
     return [{"token_ids": list(prompt(generator, num_tokens))} for _ in range(count)]
 
 
-def in_turns(
-    first: Callable[[], float], second: Callable[[], float]
-) -> tuple[list[float], list[float]]:
-    """Seconds of both, measured alternately after one call of each that does not count."""
-    first(), second()
-    pairs = [(first(), second()) for _ in range(_ROUNDS)]
-    return [one for one, _ in pairs], [other for _, other in pairs]
-
-
-def line(what: str, first: Sequence[float], second: Sequence[float], ratio: float) -> str:
-    ms = " | ".join(f"{statistics.median(each) * 1e3:.0f}" for each in (first, second))
-    return f"| {what} | {ms} | {ratio:.2f} |"
-
-
-def compare(what: str, first: Callable[[], float], second: Callable[[], float]) -> str:
-    """A line with both medians, and the median of the ratios of each round."""
-    ours, others = in_turns(first, second)
-    pairs = zip(ours, others, strict=True)
-    return line(what, ours, others, statistics.median(one / other for one, other in pairs))
-
-
 def packed(calls: Calls, generator: random.Random) -> str:
     inputs = rows(generator, _ROWS, _ROW_TOKENS)
-    return compare(
+    return calls.compare(
         f"{_ROWS} calls of one row of {_ROW_TOKENS} tokens against one call of {_ROWS} rows",
         lambda: calls.seconds(*[{"inputs": [each]} for each in inputs]),
         lambda: calls.seconds({"inputs": inputs}),
@@ -104,7 +102,7 @@ def packed(calls: Calls, generator: random.Random) -> str:
 
 def short(calls: Calls, generator: random.Random) -> str:
     bodies = [{"inputs": [each]} for each in rows(generator, _SHORT_CALLS, _SHORT_TOKENS)]
-    return compare(
+    return calls.compare(
         f"{_SHORT_CALLS} calls of {_SHORT_TOKENS} tokens in turn against together",
         lambda: sum(calls.seconds(body) for body in bodies),
         lambda: calls.seconds(*bodies),
@@ -119,7 +117,7 @@ def targets(calls: Calls, num_context: int) -> str:
     [result] = calls.post(many)["results"]
     assert result["prompt_tokens"] == num_context
     assert [target["num_tokens"] for target in result["targets"]] == [2] * len(_WORDS)
-    return compare(
+    return calls.compare(
         f"a context of {num_context} tokens with {len(_WORDS)} targets of 2 against one target",
         lambda: calls.seconds(many),
         lambda: calls.seconds(one),
@@ -149,7 +147,9 @@ def gaps(url: str, calls: Calls, generator: random.Random) -> str:
             is_over.set()
             scoring.join()
 
-    return compare(f"p99 gap of {_STREAMS} streams beside scores against alone", beside, streams)
+    return calls.compare(
+        f"p99 gap of {_STREAMS} streams beside scores against alone", beside, streams
+    )
 
 
 def memory(pid: int, calls: Calls, generator: random.Random) -> str:
@@ -165,25 +165,25 @@ def memory(pid: int, calls: Calls, generator: random.Random) -> str:
 
 
 def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
     generator = random.Random("scores")
+    tell(f"load before: {os.getloadavg()[0]:.2f}")
     with fresh_service(8) as service:
-        calls = Calls(service.url)
-        lines = [
-            f"load before: {os.getloadavg()[0]:.2f}",
-            "",
-            memory(service.worker_pid(), calls, generator),
-            "",
-            "| what | ms | ms | ratio |",
-            "|---|---|---|---|",
-            packed(calls, generator),
-            short(calls, generator),
-            targets(calls, 256),
-            targets(calls, 300),
-            gaps(service.url, calls, generator),
-            "",
-            f"compilations while serving: {compilations_while_serving(service.url)}",
-        ]
-    sys.stdout.write("\n".join(lines) + "\n")
+        calls = Calls(service.url, rounds)
+        tell(memory(service.worker_pid(), calls, generator))
+        tell("\n| what | ms | ms | ratio |\n|---|---|---|---|")
+        tell(targets(calls, 256))
+        tell(targets(calls, 300))
+        tell(short(calls, generator))
+        tell(packed(calls, generator))
+        tell(gaps(service.url, calls, generator))
+        tell(f"\ncompilations while serving: {compilations_while_serving(service.url)}")
+
+
+def tell(text: str) -> None:
+    """At once, as what follows may take minutes."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CHUNK_BUCKETS = (64, 128, BLOCK_TOKENS)
 # Short prompts share a chunk of up to this many tokens: for a few of them a product costs little
 # more than for one, as it must read the matrix anyway.
 PACKED_TOKENS = 64
-MAX_PACKED_PROMPTS = 16
+MAX_PACKED_PROMPTS = 32
 
 
 class ChunkRows(NamedTuple):

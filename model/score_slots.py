@@ -60,11 +60,13 @@ class AskedPlace:
         residual: As it was read.
         token_ids: Whose log-probabilities are wanted, at least one.
         num_top: Alternatives that are wanted, at most `model.slots.MAX_LOGPROBS`.
+        wants_logits: Whether all of its logits are.
     """
 
     residual: Residual
     token_ids: tuple[int, ...]
     num_top: int = 0
+    wants_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,14 @@ class PlaceScore:
         ranks: How many tokens come before it: likelier ones, and as likely ones of a lower id.
         top: The likeliest (id, logprob) pairs, best first.
         is_finite: False if the logits held NaN or infinity; nothing else is valid then.
+        logits: One for each token of the vocabulary, if they were wanted: float32, little-endian.
     """
 
     logprobs: tuple[float, ...]
     ranks: tuple[int, ...]
     top: tuple[tuple[int, float], ...] = ()
     is_finite: bool = True
+    logits: bytes = b""
 
 
 @runtime_checkable

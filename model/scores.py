@@ -72,6 +72,7 @@ class Scores:
                         )
                     ),
                     is_finite=bool(is_finite[row]),
+                    logits=_bytes(outputs.logits, row) if place.wants_logits else b"",
                 )
             )
             pair = end
@@ -88,6 +89,11 @@ def wanted_residuals(chunks: Sequence[ScoreChunk], x: jax.Array) -> list[np.ndar
         residuals += [on_host[offset + place].copy() for place in chunk.wanted]
         offset += len(chunk.token_ids)
     return residuals
+
+
+def _bytes(logits: jax.Array, row: int) -> bytes:
+    of_row: bytes = np.asarray(logits)[row].astype("<f4").tobytes()
+    return of_row
 
 
 def _asked_rows(places: Sequence[AskedPlace]) -> AskedRows:

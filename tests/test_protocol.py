@@ -47,6 +47,7 @@ from service.protocol.messages import (
     TokenScore,
 )
 from service.worker.channel import ConnectionClosed, read_frame
+from service.worker.score_inputs import MAX_LOGIT_PLACES
 
 LOGPROB = TokenLogprob(id=7, token="é", bytes=(195, 169), logprob=-0.25)
 TARGET = TargetScore(-0.5, True, 1, 2, (TokenScore(LOGPROB, 3, 0, (LOGPROB,)),))
@@ -319,5 +320,6 @@ def test_the_api_asks_for_no_more_than_an_engine_gives():
     assert limits["logit_bias"]["maxProperties"] == MAX_BIASES
     assert limits["num_beams"]["maximum"] == MAX_SEARCH_WIDTH == MAX_WIDTH
     assert score_schemas.MAX_TOP == MAX_LOGPROBS
+    assert score_schemas.MAX_LOGIT_PLACES == MAX_LOGIT_PLACES
     # All first tokens of a context's targets are asked about behind one place.
     assert score_schemas.MAX_TARGETS <= HEAD_PAIRS

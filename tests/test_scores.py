@@ -133,6 +133,19 @@ def test_ranks_and_alternatives_are_those_of_the_whole_distribution(engine_of):
     assert score.logprobs[1] == score.top[5][1]
 
 
+def test_logits_come_where_they_are_wanted(engine_of):
+    engine, text = engine_of("gemma3_tiny"), random_tokens(20)
+    residuals = residuals_of(engine, text)
+    wanted, unwanted = engine.measure(
+        [AskedPlace(residuals[-1], (3,), wants_logits=True), AskedPlace(residuals[0], (3,))]
+    )
+    logits = np.frombuffer(wanted.logits, "<f4")
+    assert unwanted.logits == b""
+    expected = full_logprobs("gemma3_tiny", text)[-1]
+    found = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
 def test_the_stored_scores_of_keras_hub_are_met(engine_of):
     arrays = goldens.arrays("gemma2_tiny")
     token_ids, mask = arrays["fwd.token_ids"], arrays["fwd.padding_mask"]

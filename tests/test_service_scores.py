@@ -1,10 +1,12 @@
 """POST /score of the whole service, on the arithmetic engine."""
 
+import base64
 import concurrent.futures
 import contextlib
 import json
 import math
 import socket
+import struct
 
 import pytest
 
@@ -89,6 +91,18 @@ def test_what_generate_tells_is_what_score_tells(service):
     assert shared == generated["logprobs"]
 
 
+def test_logits_come_for_one_target(service):
+    given = {"context": "1 2", "targets": [" 3 7"]}
+    answer = scored(service, given, **{"return": ["logits"]})
+    [result] = answer["results"]
+    assert result["targets"] == [{"text": " 3 7", "num_tokens": 2, "num_bytes": 4}]
+    logits, tensor = result["logits"], result["logits"]["tensor"]
+    assert (logits["positions"], tensor["dtype"], tensor["shape"]) == ([2, 3], "float32", [2, 1000])
+    numbers = struct.unpack("<2000f", base64.b64decode(tensor["b64"]))
+    assert numbers[3] == -1, "3 is due behind 0 1 2"
+    assert numbers[1000 + 7] == -1 - 1, "6 is due behind 0 1 2 3"
+
+
 def test_the_served_name_is_taken_and_no_other(service):
     text = {"text": "1 2"}
     assert scored(service, text, model="gemma")["model"] == "gemma"
@@ -135,7 +149,9 @@ CONTEXT = {"context": "1", "targets": [" 2"]}
         ({"inputs": [{"token_ids": [1, 2], "target_mask": [0, 2]}]}, "/inputs/0/target_mask/1"),
         ({"inputs": [{"token_ids": [1, 2], "target_mask": [0, True]}]}, "/inputs/0/target_mask/1"),
         ({"inputs": [TEXT], "return": []}, "/return"),
-        ({"inputs": [TEXT], "return": ["logits"]}, "/return/0"),
+        ({"inputs": [TEXT, TEXT], "return": ["logits"]}, "/inputs"),
+        ({"inputs": [{"context": "1", "targets": [" 2", " 3"]}], "return": ["logits"]}, "/return"),
+        ({"inputs": [{"text": "1 " * 17}], "return": ["logits"]}, "/return"),
         ({"inputs": [TEXT], "return": ["logprob", "x"]}, "/return/1"),
         ({"inputs": [TEXT], "top": 3}, "/top"),
         ({"inputs": [TEXT], "return": ["top"]}, "/top"),
@@ -221,6 +237,7 @@ def test_metrics_and_info_tell_of_scores(service):
     )
     limits = service.get("/info").json()["limits"]
     expected = {"score_inputs": 64, "score_targets": 64, "score_models": 4, "score_top": 20}
+    expected["score_logit_positions"] = 16
     assert {name: limits[name] for name in expected} == expected
 
 

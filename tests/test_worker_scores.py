@@ -8,6 +8,7 @@ import math
 import time
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from service.protocol.messages import (
     Failed,
@@ -161,6 +162,27 @@ def test_many_requests_are_scored_as_each_alone_beside_others_that_generate():
         assert worker.tokens(f"g{number}") == [total * 2**k % 1000 for k in range(5)]
 
 
+NUMBERS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(NUMBERS, st.lists(NUMBERS, min_size=1, max_size=5)), max_size=6))
+def test_every_target_of_any_request_is_scored_by_hand(contexts):
+    worker = ScoreWorker()
+    for number, (context, targets) in enumerate(contexts):
+        texts = tuple("".join(f" {id_}" for id_ in target) for target in targets)
+        given = ScoredContext(" ".join(map(str, context)), texts)
+        worker.score(score(f"s{number}", given, ScoredText(given.context + texts[0])))
+    worker.run()
+    for number, (context, targets) in enumerate(contexts):
+        sums = [
+            sum(logprob([*context, *target[:end]], target[end]) for end in range(len(target)))
+            for target in targets
+        ]
+        before = sum(logprob(context[:end], context[end]) for end in range(len(context)))
+        assert worker.logprobs(f"s{number}") == [sums, [before + sums[0]]]
+
+
 def test_parts_of_scores_and_steps_take_turns():
     worker = ScoreWorker()
     worker.submit(generate("a", (1,), max_tokens=60))
@@ -242,7 +264,7 @@ def test_scores_count_as_waiting_until_they_are_read_and_as_running_then():
         (ScoredIds((1, 1000), None, None), "invalid_field", "/inputs/1/token_ids/1"),
         (ScoredIds((1, 2), (1, -1), None), "invalid_field", "/inputs/1/target_ids/1"),
         (ScoredIds((1,) * 65, None, None), "context_length_exceeded", "/inputs/1/token_ids"),
-        (ScoredContext("1" * 70_000, (" 2",) * 64), "invalid_field", "/inputs"),
+        (ScoredContext("1" * 40_000, (" 2",) * 64), "invalid_field", "/inputs"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_with_the_place_before_anything_runs(given, code, pointer):

@@ -96,6 +96,7 @@ def _limits(state: State, context_tokens: int, vocabulary_size: int) -> dict[str
         "score_targets": score_schemas.MAX_TARGETS,
         "score_models": score_schemas.MAX_MODELS,
         "score_top": score_schemas.MAX_TOP,
+        "score_logit_positions": score_schemas.MAX_LOGIT_PLACES,
         "token_id": vocabulary_size - 1,
         "queue_requests": settings.queue_requests,
         "queue_tokens": settings.queue_tokens,

@@ -3,6 +3,7 @@
 No status line leaves before everything is known, so whatever goes wrong is a real HTTP status.
 """
 
+import base64
 import math
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from service.api.clients import answer_unless_left, check_accept
 from service.api.route import StrictRoute
 from service.api.schemas import TopLogprob
 from service.api.score_schemas import (
+    Logits,
     ScoredTarget,
     ScoredToken,
     ScoreInput,
@@ -25,6 +27,7 @@ from service.api.score_schemas import (
     ScoreResult,
     ScoreTimings,
     ScoreUsage,
+    Tensor,
 )
 from service.api.state import ServiceState, State
 from service.errors import (
@@ -155,8 +158,9 @@ def _command(body: ScoreRequest, state: ServiceState) -> Score:
         deadline=time.monotonic() + seconds,
         adapter=None,
         inputs=tuple(_input(each) for each in body.inputs),
-        tells_tokens=body.tells_tokens,
+        tells_tokens=body.tells_tokens or "logits" in body.return_,
         num_top=body.top,
+        tells_logits="logits" in body.return_,
         priority=body.priority,
     )
 
@@ -185,6 +189,9 @@ def _response(scored: Scored, body: ScoreRequest, model: str) -> ScoreResponse:
         )
         for index, (found, given) in enumerate(zip(scored.inputs, body.inputs, strict=True))
     ]
+    if "logits" in body.return_:
+        [found], [result] = scored.inputs, results
+        result.logits = _logits(found)
     num_tokens = sum(
         result.prompt_tokens
         + sum(target.num_tokens for target in result.targets if given.context is not None)
@@ -227,6 +234,15 @@ def _target(
     if tells_tokens:
         told.tokens = [_token(token) for token in target.tokens]
     return told
+
+
+def _logits(found: InputScore) -> Logits:
+    """Of the one target; it tells its tokens whenever there are logits."""
+    [target] = found.targets
+    positions = [token.position - 1 for token in target.tokens]
+    shape = [len(positions), len(found.logits) // (4 * len(positions))]
+    text = base64.b64encode(found.logits).decode("ascii")
+    return Logits(positions=positions, tensor=Tensor(b64=text, dtype="float32", shape=shape))
 
 
 def _log_sum(logprobs: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ MAX_TARGETS = 64
 # Versions of the model that one request may name.
 MAX_MODELS = 4
 MAX_TOP = 20
+MAX_LOGIT_PLACES = 16
 _MAX_NAME = 128
 _TOKEN_FIELDS = ("tokens", "top")
 
@@ -140,7 +141,7 @@ class ScoreRequest(_Model):
     inputs: list[ScoreInput] = Field(
         min_length=1, max_length=MAX_INPUTS, description="Each is scored for itself."
     )
-    return_: list[Literal["logprob", "tokens", "top", "loss", "prob", "greedy"]] = Field(
+    return_: list[Literal["logprob", "tokens", "top", "loss", "prob", "greedy", "logits"]] = Field(
         default=["logprob"],
         alias="return",
         min_length=1,
@@ -148,7 +149,8 @@ class ScoreRequest(_Model):
         description="What is told of a target: `logprob` of all of its tokens together; `loss`, "
         "its negative for each token on average; `prob`, its share among the targets of its input; "
         "`greedy`, whether each of its tokens is the likeliest; `tokens`, each with its "
-        "log-probability and rank; `top`, the same with alternatives.",
+        "log-probability and rank; `top`, the same with alternatives; `logits`, all of them in "
+        "front of each token, for one input of one target of at most 16 tokens.",
     )
     top: int = Field(
         0, ge=0, le=MAX_TOP, description="Alternatives of each token that is told, best first."
@@ -179,6 +181,8 @@ class ScoreRequest(_Model):
                 raise _refusal(("models",), "should stand in place of model, not beside it")
             if len(set(self.models)) < len(self.models):
                 raise _refusal(("models",), "should name each model once")
+        if "logits" in self.return_ and len(self.inputs) > 1:
+            raise _refusal(("inputs",), "should be one if return names logits")
         if self.top and not self.tells_tokens:
             raise _refusal(("top",), "should be 0 unless return names tokens or top")
         if "top" in self.return_ and not self.top:
@@ -213,13 +217,29 @@ class ScoredTarget(_Model):
     tokens: list[ScoredToken] | None = None
 
 
+class Tensor(_Model):
+    """Numbers in base64: little-endian, row by row."""
+
+    b64: str
+    dtype: Literal["float32"]
+    shape: list[int]
+
+
+class Logits(_Model):
+    """The model's own, before any sampling rule."""
+
+    positions: list[int] = Field(description="Each of these is followed by a token of the target.")
+    tensor: Tensor = Field(description="[positions, vocabulary].")
+
+
 class ScoreResult(_Model):
-    """One input."""
+    """One input. `logits` stand here only if `return` names them."""
 
     input_index: int
     model: str = Field(description="The model as resolved, with its version.")
     prompt_tokens: int = Field(description="Tokens of the context, or of the whole text.")
     targets: list[ScoredTarget]
+    logits: Logits | None = None
 
 
 class ScoreUsage(_Model):

@@ -182,6 +182,7 @@ class Score(Message, frozen=True):
         inputs: What is scored, each for itself.
         tells_tokens: Whether each token is told, or only their sums.
         num_top: Alternatives of each token that is told.
+        tells_logits: Whether all logits are told behind which a token of the one target stands.
         priority: Higher ones are read first.
     """
 
@@ -192,6 +193,7 @@ class Score(Message, frozen=True):
     inputs: tuple[ScoredText | ScoredContext | ScoredIds, ...]
     tells_tokens: bool = False
     num_top: int = 0
+    tells_logits: bool = False
     priority: int = 0
 
 
@@ -366,10 +368,15 @@ class TargetScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The targets of one input, in order; ``num_prompt_tokens`` as in `Accepted`."""
+    """The targets of one input, in order; ``num_prompt_tokens`` as in `Accepted`.
+
+    ``logits``, if they are to be told, are those in front of each token of the target, one row
+    behind the other: float32, little-endian.
+    """
 
     num_prompt_tokens: int
     targets: tuple[TargetScore, ...]
+    logits: bytes = b""
 
 
 class Scored(Message, frozen=True):

@@ -160,7 +160,10 @@ class ScoreDesk:
             if num_pairs > HEAD_PAIRS:
                 break
             places.append(self._places.popleft())
-            asked.append(AskedPlace(place.residual, token_ids, place.request.num_top))
+            request = place.request
+            asked.append(
+                AskedPlace(place.residual, token_ids, request.num_top, request.wants_logits)
+            )
         found = self._engine.measure(asked)
         events: list[Event] = []
         for place, question, answer in zip(places, asked, found, strict=True):
@@ -177,7 +180,7 @@ class ScoreDesk:
             zip(question.token_ids, zip(answer.logprobs, answer.ranks, strict=True), strict=True)
         )
         for token in place.asked.tokens:
-            request.take(token, *numbers[token.token_id], answer.top)
+            request.take(token, *numbers[token.token_id], answer)
         if not request.is_done:
             return []
         self._forget(request)

@@ -17,9 +17,11 @@ from service.worker.score_line import Asked, ScorePiece, TargetToken
 
 # Tokens that an answer tells, alternatives included: it must fit a frame.
 MAX_TOLD_TOKENS = 131_072
+# Places whose logits one answer may hold.
+MAX_LOGIT_PLACES = 16
 # Of contexts, once for each of their targets, and targets: all of it is tokenised before the next
 # request is looked at.
-MAX_JOINED_BYTES = 4 * 1024 * 1024
+MAX_JOINED_BYTES = 2 * 1024 * 1024
 
 
 class InvalidInput(Exception):
@@ -89,6 +91,8 @@ class ScoreInputs:
                     f"{MAX_TOLD_TOKENS}. Lower top or send fewer inputs."
                 )
                 raise InvalidInput("invalid_field", detail, "/return")
+        if command.tells_logits:
+            _check_logits(inputs)
         return inputs
 
     def _plan(self, index: int, given: ScoredText | ScoredContext | ScoredIds) -> PlannedInput:
@@ -213,6 +217,16 @@ class ScoreInputs:
             if not 0 <= token_id < vocab:
                 detail = f"A token id must be in [0, {vocab})."
                 raise InvalidInput("invalid_field", detail, f"{pointer}/{place}")
+
+
+def _check_logits(inputs: Sequence[PlannedInput]) -> None:
+    num_places = sum(len(target.token_ids) for each in inputs for target in each.targets)
+    if len(inputs) > 1 or len(inputs[0].targets) > 1 or num_places > MAX_LOGIT_PLACES:
+        detail = (
+            f"Logits come with one input, of one target of at most {MAX_LOGIT_PLACES} tokens; "
+            f"these are {num_places}."
+        )
+        raise InvalidInput("invalid_field", detail, "/return")
 
 
 def _asked_behind(index: int, number: int, target: PlannedTarget) -> dict[int, list[TargetToken]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from model.score_slots import PlaceScore
 from model.slots import TextCodec
 from service.protocol.messages import (
     InputScore,
@@ -34,6 +35,7 @@ class ScoreRequest:
         self.request_id = command.request_id
         self.deadline = command.deadline
         self.num_top = command.num_top
+        self.wants_logits = command.tells_logits
         self.started_at: float | None = None
         pieces = [each for given in inputs for each in given.passages]
         self.passages = [
@@ -45,6 +47,8 @@ class ScoreRequest:
         self._admitted_at = admitted_at
         self._tells_tokens = command.tells_tokens
         self._found: dict[TargetToken, TokenScore] = {}
+        # Of the one target, if they are wanted.
+        self._logits: dict[int, bytes] = {}
         self._num_missing = sum(len(t.token_ids) for given in inputs for t in given.targets)
 
     @property
@@ -52,10 +56,8 @@ class ScoreRequest:
         """Whether everything that it asked is known."""
         return self._num_missing == 0
 
-    def take(
-        self, asked: TargetToken, logprob: float, rank: int, top: Sequence[tuple[int, float]]
-    ) -> None:
-        """What was found for one token."""
+    def take(self, asked: TargetToken, logprob: float, rank: int, place: PlaceScore) -> None:
+        """What was found for one token, and at its place."""
         assert asked not in self._found, "found twice"
         target = self._inputs[asked.input_index].targets[asked.target_index]
         told = self._tells_tokens
@@ -63,8 +65,10 @@ class ScoreRequest:
             token=self._token(asked.token_id, logprob, is_told=told),
             position=target.positions[asked.token_index],
             rank=rank,
-            top=tuple(self._token(id_, each, is_told=told) for id_, each in top),
+            top=tuple(self._token(id_, each, is_told=told) for id_, each in place.top),
         )
+        if self.wants_logits:
+            self._logits[asked.token_index] = place.logits
         self._num_missing -= 1
 
     def scored(self, now: float) -> Scored:
@@ -77,6 +81,7 @@ class ScoreRequest:
                     self._target(index, number, target)
                     for number, target in enumerate(given.targets)
                 ),
+                b"".join(self._logits[place] for place in sorted(self._logits)),
             )
             for index, given in enumerate(self._inputs)
         )

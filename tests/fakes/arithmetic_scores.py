@@ -4,12 +4,18 @@ log-probability −1 − k, as the alternatives that come with a drawn token say
 A residual is the list of all tokens up to its place.
 """
 
+import struct
 import time
 from collections.abc import Generator, Sequence
 
 from model.score_slots import HEAD_PAIRS, HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, ScoreChunk
 
 VOCABULARY_SIZE = 1000
+
+
+def _logits(first: int) -> bytes:
+    ranks = ((token_id - first) % VOCABULARY_SIZE for token_id in range(VOCABULARY_SIZE))
+    return struct.pack(f"<{VOCABULARY_SIZE}f", *(-1.0 - rank for rank in ranks))
 
 
 class ArithmeticScores:
@@ -59,4 +65,5 @@ class ArithmeticScores:
             ranks=ranks,
             top=tuple(((first + k) % VOCABULARY_SIZE, -1.0 - k) for k in range(place.num_top)),
             is_finite=self._is_finite(place.residual),
+            logits=_logits(first) if place.wants_logits else b"",
         )
