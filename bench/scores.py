@@ -139,13 +139,13 @@ def gaps(url: str, calls: Calls, generator: random.Random) -> str:
             while not is_over.is_set():
                 calls.post({"inputs": rows(generator, 4, 200)})
 
-        scoring = threading.Thread(target=score)
-        scoring.start()
-        try:
-            return streams()
-        finally:
-            is_over.set()
-            scoring.join()
+        with ThreadPoolExecutor(1) as pool:
+            scoring = pool.submit(score)
+            try:
+                return streams()
+            finally:
+                is_over.set()
+                scoring.result()
 
     return calls.compare(
         f"p99 gap of {_STREAMS} streams beside scores against alone", beside, streams
@@ -156,11 +156,12 @@ def memory(pid: int, calls: Calls, generator: random.Random) -> str:
     body = {"inputs": rows(generator, 1, _LONG_TOKENS)}
     at_rest = resident_bytes(pid)
     peak = at_rest
-    scoring = threading.Thread(target=calls.post, args=(body,))
-    scoring.start()
-    while scoring.is_alive():
-        peak = max(peak, resident_bytes(pid))
-        time.sleep(0.005)
+    with ThreadPoolExecutor(1) as pool:
+        scoring = pool.submit(calls.post, body)
+        while not scoring.done():
+            peak = max(peak, resident_bytes(pid))
+            time.sleep(0.005)
+        scoring.result()
     return f"a text of {_LONG_TOKENS} tokens: {(peak - at_rest) / 1e6:.0f} MB above rest"
 
 
