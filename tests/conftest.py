@@ -69,6 +69,8 @@ def instruction_sets() -> Iterator[InstructionSets]:
     sets = InstructionSets()
     yield sets
     sets.use(sets.first_choice)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(cache_dir: Path) -> None:
     """What one test has compiled, another fetches, before and after an engine is loaded.
