@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.product import MAX_ROWS, product
+from model.kernels.product import product
 from model.programs import CompilationCounter
 from tests.native_kernels import bits, distance, needs_native_kernels
 
 pytestmark = needs_native_kernels
+MAX_ROWS = 32  # of a decode step
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 compiled_product = jax.jit(product)
 
@@ -177,10 +178,34 @@ def test_a_program_with_it_is_one_program_that_calls_it_once():
     assert " dot(" not in text
 
 
-@pytest.mark.parametrize("rows", [33, 100])
-def test_more_rows_than_it_takes_are_refused_while_tracing(rows):
-    with pytest.raises(ValueError, match=f"{rows} rows; the kernel takes at most 32"):
-        jax.eval_shape(product, jnp.ones((rows, 4)), jnp.ones((4, 4)))
+def test_a_prompt_of_300_rows_has_the_bits_of_its_rows_a_few_at_a_time():
+    x, weight = random(300, 75), random(53, 75, seed=1)
+    parts = [compiled_product(x[start : start + 20], weight) for start in range(0, 300, 20)]
+    assert bits(compiled_product(x, weight)) == bits(np.concatenate(parts))
+
+
+@pytest.mark.parametrize("num_real", [-1, 0, 1, 5, 11, 12, 13])
+def test_rows_behind_the_real_ones_are_zeros_whatever_they_hold(num_real):
+    x, weight = np.array(random(12, 33)), random(7, 33, seed=1)
+    whole = np.asarray(compiled_product(x, weight))
+    real = min(max(num_real, 0), 12)
+    x[real:] = np.nan
+    result = np.asarray(compiled_product(x, weight, jnp.int32(num_real)))
+    assert bits(result[:real]) == bits(whole[:real])
+    assert not result[real:].any()
+
+
+def test_rows_that_are_not_real_have_no_gradient():
+    x, weight = random(6, 17), random(5, 17, seed=1)
+
+    def loss(x, weight, num_real):
+        return jnp.sum(jnp.sin(product(x, weight, num_real)))
+
+    of_x, of_weight = jax.grad(loss, argnums=(0, 1))(x, weight, jnp.int32(4))
+    of_four, of_its_weight = jax.grad(loss, argnums=(0, 1))(x[:4], weight, jnp.int32(4))
+    assert not np.asarray(of_x[4:]).any()
+    assert distance(of_x[:4], of_four) < 1e-6
+    assert distance(of_weight, of_its_weight) < 1e-6
 
 
 # --- another process: without the annotations of tests, and with other threads -----------------
@@ -190,7 +215,6 @@ REFUSALS = {
     "x[:, :2], w": "x [rows, in] and weight [out, in] were expected, not (3, 2) and (5, 4).",
     "x[0], w": "x [rows, in] and weight [out, in] were expected, not (4,) and (5, 4).",
     "x, w[None]": "x [rows, in] and weight [out, in] were expected, not (3, 4) and (1, 5, 4).",
-    "jnp.ones((33, 4)), w": "33 rows; the kernel takes at most 32.",
     "x, w.astype('float16')": "x must be float32 and weight float32 or bfloat16, "
     "not float32 and float16.",
     "x.astype('bfloat16'), w": "x must be float32 and weight float32 or bfloat16, "

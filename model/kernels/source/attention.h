@@ -9,7 +9,7 @@
 namespace gemma {
 
 // Query heads that may share a key head.
-inline constexpr std::int64_t kMaxHeads = 64;
+inline constexpr std::int64_t kMaxHeads = 32;
 
 // The query heads of one row that share a key head. Position p stands at p modulo num_positions.
 struct AttentionPart {
