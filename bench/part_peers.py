@@ -19,7 +19,7 @@ from bench.mixes import prompt
 from bench.model_files import ModelFiles, model_files
 from bench.part_closed import NEW_TOKENS, PROMPT_TOKENS
 from bench.peer_process import Answer, PeerFailed, PeerProcess
-from bench.run_options import RunOptions, Services, stage
+from bench.run_options import PRESET, RunOptions, Services, stage
 from bench.streams import Ask, together
 
 _ROUNDS = 2
@@ -35,7 +35,7 @@ class Peer:
         title: In tables.
         environment: None is the project's own.
         script: In ``bench/peers``.
-        model: Which of the `ModelFiles` it reads.
+        model: Which of the `ModelFiles` it reads; ``name`` for the name of the preset.
         format: The GGUF format, for llama.cpp.
     """
 
@@ -47,6 +47,7 @@ class Peer:
 
 
 PEERS = {
+    "own-xla": Peer("this service, --kernels xla", None, "run_own_xla.py", "name"),
     "bare-jax": Peer("bare JAX loop, float32", None, "run_bare_jax.py", "hugging_face"),
     "keras-hub": Peer("keras-hub on JAX, float32", "keras-hub", "run_keras_hub.py", "keras"),
     "transformers": Peer(
@@ -88,7 +89,7 @@ def _start(peer: Peer, files: ModelFiles, directory: Path, name: str) -> PeerPro
     python = Path(sys.executable)
     if peer.environment is not None:
         python = environment(peer.environment, directory)
-    model = getattr(files, peer.model)
+    model = Path(PRESET) if peer.model == "name" else getattr(files, peer.model)
     arguments = [os.fspath(model)]
     if peer.format is not None:
         arguments += [peer.format, os.fspath(model.parent)]

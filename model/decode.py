@@ -239,12 +239,12 @@ def _decode_step(
     )
     is_past = jnp.arange(context)[None, :] <= positions[:, None]
     history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), config.vocabulary_size)
-    drawn = jax.lax.map(lambda row: _finish_row(*row), (rows.logits, rules, history, positions + 1))
+    drawn = jax.lax.map(lambda row: finish_row(*row), (rows.logits, rules, history, positions + 1))
     tokens = tokens.at[slots, positions + 1].set(drawn.token_ids, mode="drop")
     return SlotStates(tokens, rows.caches), drawn
 
 
-def _finish_row(
+def finish_row(
     logits: Float[Array, " vocab"],
     rules: RuleRows,
     history: Int[Array, " context"],
