@@ -1,6 +1,7 @@
 // Decode attention as an XLA custom call: one token of each row over its slot of the cache.
 #include "attention.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -23,9 +24,10 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buf
                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> window_tokens,
                      ffi::ResultBuffer<ffi::F32> context, float logit_cap) {
   const auto q = query.dimensions(), k = keys.dimensions();
-  const bool fits = q.size() == 3 && k.size() == 4 && q[2] == k[3] && k[1] > 0 && q[1] % k[1] == 0 &&
-                    q[1] / k[1] <= kMaxHeads && k[2] > 0 && is_same(k, values.dimensions()) &&
-                    is_same(q, context->dimensions()) && is_shape(slots.dimensions(), {q[0]}) &&
+  const bool fits = q.size() == 3 && k.size() == 4 && q[2] == k[3] && k[1] > 0 && k[2] > 0 &&
+                    q[1] % k[1] == 0 && q[1] / k[1] <= kMaxHeads &&
+                    is_same(k, values.dimensions()) && is_same(q, context->dimensions()) &&
+                    is_shape(slots.dimensions(), {q[0]}) &&
                     is_shape(positions.dimensions(), {q[0]}) &&
                     is_shape(window_tokens.dimensions(), {});
   if (!fits) {
@@ -39,33 +41,38 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Buf
   const std::int64_t num_rows = q[0], num_slots = k[0], kv_heads = k[1], num_positions = k[2],
                      head_dim = q[2], heads = q[1] / kv_heads;
   const std::int64_t window = *window_tokens.typed_data();
-  const auto first_of = [&](std::int64_t position) {
-    const std::int64_t first = position - window + 1;
-    const std::int64_t oldest = position - num_positions + 1;
-    const std::int64_t later = first > oldest ? first : oldest;
-    return later > 0 ? later : 0;
+  const auto slot_of = [&](std::int64_t row) -> std::int64_t { return slots.typed_data()[row]; };
+  const auto last_of = [&](std::int64_t row) -> std::int64_t {
+    return positions.typed_data()[row];
   };
-  std::int64_t bytes = 0;
+  const auto first_of = [&](std::int64_t row) {
+    const std::int64_t seen = window < num_positions ? window : num_positions;
+    return last_of(row) >= seen ? last_of(row) - seen + 1 : 0;
+  };
+  const auto sees_something = [&](std::int64_t row) {
+    const bool has_slot = slot_of(row) >= 0 && slot_of(row) < num_slots;
+    return has_slot && last_of(row) >= 0 && window > 0 && heads > 0;
+  };
+  std::int64_t num_seen = 0;
   for (std::int64_t row = 0; row < num_rows; ++row) {
-    const std::int64_t position = positions.typed_data()[row];
-    if (position >= 0 && window > 0) bytes += (position - first_of(position) + 1) * kv_heads * head_dim * 8;
+    if (sees_something(row)) num_seen += last_of(row) - first_of(row) + 1;
   }
-  share_work(pool, bytes < kSharedBytes ? 1 : pool.num_threads(), num_rows * kv_heads,
-             [&](std::int64_t piece) {
+  const std::int64_t bytes = num_seen * kv_heads * head_dim * 2 * std::int64_t{sizeof(float)};
+  const std::int64_t threads = bytes < kSharedBytes ? 1 : pool.num_threads();
+  share_work(pool, threads, num_rows * kv_heads, [&](std::int64_t piece) {
     const std::int64_t row = piece / kv_heads, kv_head = piece % kv_heads;
-    const std::int64_t slot = slots.typed_data()[row], position = positions.typed_data()[row];
-    float* result = context->typed_data() + piece * heads * head_dim;
-    if (slot < 0 || slot >= num_slots || position < 0 || window < 1 || heads == 0) {
-      for (std::int64_t i = 0; i < heads * head_dim; ++i) result[i] = 0.0f;
+    const std::int64_t first_number = piece * heads * head_dim;
+    float* result = context->typed_data() + first_number;
+    if (!sees_something(row)) {
+      std::fill(result, result + heads * head_dim, 0.0f);
       return;
     }
-    const std::int64_t first = first_of(position);
     thread_local std::vector<float> weights;
-    weights.resize(static_cast<std::size_t>(heads * (position - first + 1)));
-    const std::int64_t base = (slot * kv_heads + kv_head) * num_positions * head_dim;
-    set->attend({query.typed_data() + piece * heads * head_dim, keys.typed_data() + base,
+    weights.resize(static_cast<std::size_t>(heads * (last_of(row) - first_of(row) + 1)));
+    const std::int64_t base = (slot_of(row) * kv_heads + kv_head) * num_positions * head_dim;
+    set->attend({query.typed_data() + first_number, keys.typed_data() + base,
                  values.typed_data() + base, result, weights.data(), heads, head_dim,
-                 num_positions, first, position, logit_cap});
+                 num_positions, first_of(row), last_of(row), logit_cap});
   });
   return ffi::Error::Success();
 }

@@ -41,8 +41,8 @@ struct Lanes {
   }
 };
 
-// Four rows beside six outputs need ten loads for twenty-four products, and are a divisor of the row
-// counts that are served.
+// Four rows beside six outputs need ten loads for twenty-four products, and divide the row counts
+// that are served.
 constexpr int kTileRows = 4;
 
 constexpr int tile_outputs(std::int64_t rows) {
