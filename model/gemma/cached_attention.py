@@ -60,16 +60,19 @@ class PackedPrompts(NamedTuple):
 
 
 def attend_rows(
-    query: Float[Array, "batch 1 heads head_dim"],
-    key: Float[Array, "batch 1 kv_heads head_dim"],
-    value: Float[Array, "batch 1 kv_heads head_dim"],
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
     rows: SlotRows,
-    positions: Int[Array, "batch 1"],
+    positions: Int[Array, "batch seq"],
     window_tokens: Int[Array, ""],
     *,
     logit_cap: float | None,
-) -> tuple[Float[Array, "batch 1 heads head_dim"], LayerCache]:
-    """What the token of each row gathers from its slot, and the cache with the token in it."""
+) -> tuple[Float[Array, "batch seq heads head_dim"], LayerCache]:
+    """What the tokens of each row gather from its slot, and the cache with them in it.
+
+    Rows of a decode step have one token each.
+    """
     cache = kv_cache.write(rows.cache, rows.slots, positions, key, value)
     num_real = None if rows.step is None else rows.step.num_real
     real_query = real_rows(query, rows.step)
