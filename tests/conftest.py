@@ -49,7 +49,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted weights and compiled programs, shared by all tests of a session.
 
     GEMMA_TEST_CACHE_DIR keeps them between sessions; without it every run starts cold, as CI does.
@@ -63,6 +63,12 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared / "cache"
 
 
+@pytest.fixture(scope="session")
+def cache_dir(shared_cache_dir: Path) -> Path:
+    """`shared_cache_dir`; a file of tests that wants one of its own may define this anew."""
+    return shared_cache_dir
+
+
 @pytest.fixture
 def instruction_sets() -> Iterator[InstructionSets]:
     """Those of the native kernels; the first choice is put back."""
@@ -72,12 +78,12 @@ def instruction_sets() -> Iterator[InstructionSets]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(cache_dir: Path) -> None:
+def compile_cache(shared_cache_dir: Path) -> None:
     """What one test has compiled, another fetches, before and after an engine is loaded.
 
     Without this, programs of Keras models were kept only once a test had loaded an engine.
     """
-    use_compile_cache(cache_dir)
+    use_compile_cache(shared_cache_dir)
 
 
 @pytest.fixture(scope="session")
