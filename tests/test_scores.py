@@ -96,7 +96,8 @@ def test_a_continuation_has_the_same_bits_alone_and_behind_others(name, num_cont
         logprobs = full_logprobs(name, context + target)[num_context - 1 :]
         asked = [AskedPlace(np.frombuffer(each, np.float32), (7,)) for each in residuals]
         scores = [score.logprobs[0] for score in engine.measure(asked)]
-        np.testing.assert_allclose(scores, logprobs[1:, 7], atol=2e-4, rtol=0)
+        # Of up to 35, behind 768 positions: two orders of summation differ by 1.2e-5 of that.
+        np.testing.assert_allclose(scores, logprobs[1:, 7], atol=2e-4, rtol=1e-5)
 
 
 @PRESETS

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 from dataclasses import astuple, replace
 
@@ -276,6 +277,7 @@ def test_the_programs_of_every_family_pass_and_info_says_so(name, kernels, engin
     assert engine.info.self_test == replace(rows, num_comparisons=num_compared)
 
 
+@pytest.mark.skipif("GEMMA_NIGHTLY" not in os.environ, reason="a campaign of make nightly")
 def test_native_kernels_pass_among_one_to_thirty_two_rows(cache_dir):
     if not load_kernels().is_native:
         pytest.skip(f"kernels here: {load_kernels()}")
