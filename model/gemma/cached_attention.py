@@ -124,9 +124,10 @@ def attend_prompts(
 
         cache = kv_cache.write_prompt(cache, slot, start, length, own(wide_key), own(wide_value))
         prompt = _Prompt(cache, slot, offset, length, start)
-        add = _add_by_tokens if prompts.is_native else _add_by_tiles
+        if prompts.is_native:
+            return _add_by_tokens(context, wide_query, prompt, window_tokens, logit_cap), cache
         tile = min(seq, _TILE_TOKENS) if prompts.slots.shape[0] > 1 else seq
-        return add(context, wide_query, prompt, window_tokens, tile, logit_cap), cache
+        return _add_by_tiles(context, wide_query, prompt, window_tokens, tile, logit_cap), cache
 
     start = (jnp.zeros_like(wide_query), prompts.cache)
     context, cache = jax.lax.fori_loop(0, prompts.num_prompts, add_prompt, start)
@@ -148,7 +149,6 @@ def _add_by_tokens(
     query: Float[Array, "1 wide heads head_dim"],
     prompt: _Prompt,
     window_tokens: Int[Array, ""],
-    tile: int,
     logit_cap: float | None,
 ) -> Float[Array, "1 wide heads head_dim"]:
     """With the native kernel: every token by itself, those of other prompts without a slot."""

@@ -8,6 +8,8 @@ the border::
 
     norm, RoPE, gates, sums    8 rows    | real | real | real | zero | zero | ...
     product, attention         3 rows    | real | real | real |
+
+With the native kernel these are 32 rows, as that many may be real.
 """
 
 from typing import NamedTuple
