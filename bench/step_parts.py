@@ -1,8 +1,8 @@
 """Where a decode step goes: ``python -m bench.step_parts``.
 
-Whole steps of the engine on both paths, and their parts each as a program of its own on the same
-weights: all products, attention over short sequences, and drawing. Parts and steps of both paths
-take turns; medians. What is left of a step is norms, gates, rotations, cache and the host.
+Whole steps of the engine on both paths, and parts of them each as a program of its own on the same
+weights: the product with the vocabulary, and drawing. Parts and steps of both paths take turns;
+medians. What is left of a step is the blocks, and the host.
 """
 
 import statistics
@@ -21,12 +21,8 @@ from jaxtyping import Array
 from model.config import GemmaConfig
 from model.decode import finish_row
 from model.engine import GemmaEngine, load
-from model.gemma import kv_cache
-from model.gemma.block import LayerTraits, layer_traits
-from model.gemma.cached_attention import SlotRows, attend_rows
-from model.gemma.kv_cache import LayerCache
-from model.gemma.padded_rows import step_rows
-from model.gemma.projection import real_projection
+from model.gemma.forward import unembed
+from model.gemma.padded_rows import pad_rows, step_rows
 from model.gemma.weights import GemmaWeights
 from model.kernels.choice import KernelChoice
 from model.progress import no_progress
@@ -43,53 +39,11 @@ _ROUNDS = 15
 _GREEDY = RowRules(Sampling(0.0, 0, 1.0, 0), 1, _CONTEXT)
 
 
-def all_products(
-    weights: GemmaWeights, x: Array, *, num_rows: int, is_native: bool
-) -> tuple[Array, list[Array]]:
-    """Those of every layer and of the vocabulary; each layer waits for the one before."""
-    rows = step_rows(num_rows, is_native=is_native)
-    kept = []
-
-    def times(x: Array, kernel: Array) -> Array:
-        return real_projection(jax.lax.optimization_barrier(x), kernel, rows=rows)
-
-    for block in weights.blocks:
-        query = times(x, block.query)
-        kept += [times(x, block.key), times(x, block.value)]
-        x = times(query, block.attention_output) * 0.01
-        gate, up = times(x, block.ffw_gating), times(x, block.ffw_gating_2)
-        x = times(gate + up, block.ffw_linear) * 0.01
-    return times(x, weights.embeddings), [jnp.sum(each) for each in kept]
-
-
-def all_attention(
-    config: GemmaConfig,
-    traits: list[LayerTraits],
-    caches: list[LayerCache],
-    *,
-    num_rows: int,
-    is_native: bool,
-) -> tuple[Array, list[LayerCache]]:
-    """That of every layer, each of which waits for the one before."""
-    rows = step_rows(num_rows, is_native=is_native)
-    slots = jnp.arange(rows.num_padded, dtype=jnp.int32)
-    positions = jnp.full((rows.num_padded, 1), _POSITION, jnp.int32)
-    head_dim = config.head_dim
-    query = jnp.ones((rows.num_padded, 1, config.num_query_heads, head_dim))
-    key = jnp.ones((rows.num_padded, 1, config.num_key_value_heads, head_dim))
-    after = []
-    for trait, cache in zip(traits, caches, strict=True):
-        query, cache = attend_rows(
-            query,
-            key,
-            key,
-            SlotRows(cache, slots, rows),
-            positions,
-            trait.window_tokens,
-            logit_cap=config.attention_soft_cap,
-        )
-        after.append(cache)
-    return query, after
+def vocabulary_product(
+    config: GemmaConfig, weights: GemmaWeights, x: Array, *, is_native: bool
+) -> Array:
+    rows = step_rows(len(x), is_native=is_native)
+    return unembed(config, weights, pad_rows(x, rows.num_padded)[:, None], rows)
 
 
 def draw_all(logits: Array, rules: Any, history: Array, positions: Array) -> Any:
@@ -108,12 +62,8 @@ class Parts:
     def __init__(self, engine: GemmaEngine, config: GemmaConfig, path: str, num_rows: int) -> None:
         is_native = path == "native"
         weights = engine._weights
-        traits = layer_traits(config)
-        self._caches = kv_cache.allocate(config, _SLOTS, _CONTEXT, jnp.dtype("float32"))
-        x = jnp.ones((num_rows, 1, config.hidden_dim))
-        static = {"num_rows": num_rows, "is_native": is_native}
-        products = jax.jit(partial(all_products, **static))
-        attention = jax.jit(partial(all_attention, config, traits, **static), donate_argnums=0)
+        x = jnp.ones((num_rows, config.hidden_dim))
+        vocabulary = jax.jit(partial(vocabulary_product, config, is_native=is_native))
         generator = np.random.default_rng(0)
         logits = jnp.asarray(generator.normal(size=(num_rows, config.vocabulary_size)), jnp.float32)
         rules = RuleArrays(config.vocabulary_size).of([_GREEDY] * num_rows, num_rows)
@@ -122,14 +72,9 @@ class Parts:
         draw = jax.jit(draw_all)
         rows = [DecodeRow(slot, _POSITION, _GREEDY) for slot in range(num_rows)]
 
-        def attend() -> Array:
-            context, self._caches = attention(self._caches)
-            return context
-
         self.calls: dict[str, Callable[[], Any]] = {
             "whole step": lambda: engine.decode(rows, 1).tokens(),
-            "products": lambda: products(weights, x),
-            "attention, writing the cache": attend,
+            "product with the vocabulary": lambda: vocabulary(weights, x),
             "drawing": lambda: draw(logits, rules, history, positions),
         }
         self.ms: dict[str, list[float]] = {name: [] for name in self.calls}
@@ -165,7 +110,7 @@ def main() -> None:
     for name in names:
         lines.append(f"| {name} | " + " | ".join(f"{m[name]:.1f}" for m in medians.values()) + " |")
     rest = [m["whole step"] - sum(m[name] for name in names[1:]) for m in medians.values()]
-    lines.append("| what is left | " + " | ".join(f"{ms:.1f}" for ms in rest) + " |")
+    lines.append("| what is left: the blocks | " + " | ".join(f"{ms:.1f}" for ms in rest) + " |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -19,10 +19,11 @@ from model.gemma.block import LayerTraits, block
 from model.gemma.cached_attention import SlotRows
 from model.gemma.forward import embed, final_hidden, unembed
 from model.gemma.kv_cache import LayerCache
-from model.gemma.padded_rows import pad_rows, step_rows
+from model.gemma.padded_rows import pad_rows, padded_again, step_rows
+from model.gemma.slot_tokens import SlotTokens
 from model.gemma.weights import GemmaWeights
 from model.samplers.draw import MIN_TEMPERATURE, SamplingRows, draw
-from model.samplers.penalties import PenaltyRows, adjust
+from model.samplers.penalties import PenaltyRows, adjust, is_adjusted
 from model.samplers.selection import likeliest
 from model.slots import MAX_LOGPROBS, MAX_STEPS
 
@@ -92,27 +93,26 @@ def advance_rows(
     """Writes each row's token into its slot; hidden states and logits after it.
 
     The bits of a row depend neither on the number of rows nor on its place among them. A row with
-    the slot ``num_slots`` only fills the batch. With ``is_native`` the products are those of the
-    native kernel, which has other bits than XLA.
+    the slot ``num_slots`` only fills the batch. With ``is_native`` the native kernel computes; its
+    bits are not those of XLA, and it needs no padding.
     """
-    num_slots = caches[0].keys.shape[0]
     step = step_rows(len(token_ids), is_native=is_native)
-    padded_slots = pad_rows(slots, step.num_padded, num_slots)
-    padded_positions = pad_rows(positions, step.num_padded)[:, None]
-    padded_ids = pad_rows(token_ids, step.num_padded)
-    x = jax.lax.optimization_barrier(embed(weights, padded_ids[:, None]))
+    num_rows = len(token_ids) if is_native else step.num_padded
+    slots = pad_rows(slots, num_rows, caches[0].keys.shape[0])
+    positions = pad_rows(positions, num_rows)[:, None]
+    x = jax.lax.optimization_barrier(embed(weights, pad_rows(token_ids, num_rows)[:, None]))
     new_caches = []
     for layer, cache in enumerate(caches):
-        x, new_cache = block(
-            config,
-            weights.blocks[layer],
-            traits[layer],
-            x,
-            padded_positions,
-            rows=SlotRows(cache, padded_slots, step),
+        rows = (
+            SlotTokens(cache, slots, jnp.int32(num_rows))
+            if is_native
+            else SlotRows(cache, slots, step)
         )
+        x, new_cache = block(config, weights.blocks[layer], traits[layer], x, positions, rows=rows)
         assert new_cache is not None
         new_caches.append(new_cache)
+    if is_native:
+        x = padded_again(x, step)
     hidden = final_hidden(config, weights, x)
     logits = unembed(config, weights, hidden, step)[:, 0].astype(jnp.float32)
     return ModelRows(new_caches, hidden[: step.num_real, 0], logits)
@@ -251,23 +251,36 @@ def finish_row(
     position: Int[Array, ""],
 ) -> DecodeOutputs:
     """Draws the token at ``position`` of one row and measures it."""
-    sampling = rules.sampling
-    adjusted = adjust(logits, rules.penalties, history, rules.num_prompt)
-    allowed = jax.lax.cond(
-        (position < rules.may_stop_at) & jnp.any(rules.stop_ids < logits.shape[0]),
-        lambda: adjusted.at[rules.stop_ids].set(-jnp.inf, mode="drop"),
-        lambda: adjusted,
-    )
+    vocab = logits.shape[0]
+    may_not_stop = (position < rules.may_stop_at) & jnp.any(rules.stop_ids < vocab)
+    is_drawn = rules.sampling.temperature >= MIN_TEMPERATURE
+    largest = jnp.max(logits)
+
+    def choose() -> Int[Array, ""]:
+        adjusted = adjust(logits, rules.penalties, history, rules.num_prompt)
+        allowed = jax.lax.cond(
+            may_not_stop,
+            lambda: adjusted.at[rules.stop_ids].set(-jnp.inf, mode="drop"),
+            lambda: adjusted,
+        )
+        chosen: Array = jax.lax.cond(
+            is_drawn,
+            lambda: draw(allowed, *rules.sampling, position).astype(jnp.int32),
+            lambda: likeliest(allowed),
+        )
+        return chosen
+
+    # Most rows want the largest logit as it is: each array that is passed on costs a copy.
     token_id = jax.lax.cond(
-        sampling.temperature >= MIN_TEMPERATURE,
-        lambda: draw(allowed, *sampling, position).astype(jnp.int32),
-        lambda: likeliest(allowed),
+        is_drawn | may_not_stop | is_adjusted(rules.penalties, vocab),
+        choose,
+        lambda: likeliest(logits, largest),
     )
     logprob, top_ids, top_logprobs = jax.lax.cond(
         rules.wants_logprobs, lambda: _measure(logits, token_id), lambda: _nothing(logits)
     )
     # One bad logit is enough: NaN reaches the maximum, and so does +inf.
-    is_finite = jnp.isfinite(jnp.max(logits))
+    is_finite = jnp.isfinite(largest)
     return DecodeOutputs(jnp.bool_(True), token_id, is_finite, logprob, top_ids, top_logprobs)
 
 

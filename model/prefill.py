@@ -17,6 +17,7 @@ from model.gemma.block import LayerTraits, block
 from model.gemma.cached_attention import PackedPrompts
 from model.gemma.forward import scale_embeddings
 from model.gemma.kv_cache import LayerCache
+from model.gemma.slot_tokens import SlotTokens, slots_of_prompts
 from model.gemma.weights import BlockWeights
 from model.slot_memory import BLOCK_TOKENS
 from model.slots import PromptChunk
@@ -88,15 +89,13 @@ def prefill_block(
     is_native: bool,
 ) -> tuple[Float[Array, "1 seq width"], LayerCache]:
     """The residual stream after one block, and the layer's cache with the chunk in it."""
-    packed = PackedPrompts(
-        cache,
-        rows.slots,
-        rows.offsets,
-        rows.lengths,
-        rows.starts,
-        rows.num_prompts,
-        is_native,
-    )
-    x, new_cache = block(config, weights, traits, x, rows.positions, rows=packed)
+    _, *prompts = rows
+    placed: PackedPrompts | SlotTokens = PackedPrompts(cache, *prompts)
+    if is_native:
+        slots = slots_of_prompts(
+            rows.slots, rows.offsets, rows.lengths, rows.num_prompts, x.shape[1]
+        )
+        placed = SlotTokens(cache, *slots)
+    x, new_cache = block(config, weights, traits, x, rows.positions, rows=placed)
     assert new_cache is not None
     return x, new_cache

@@ -238,16 +238,16 @@ BYTES = """
 import os, sys
 os.sched_setaffinity(0, eval(sys.argv[1]))
 import hashlib, jax, numpy as np
-from model.kernels.attention import decode_attention
 from model.kernels.library import load_kernels
 from model.kernels.product import product
+from tests.kernel_attention import compiled_attention
 load_kernels("native")
 draw = np.random.default_rng(0)
 def normal(*shape): return draw.normal(size=shape).astype(np.float32)
 y = jax.jit(product)(normal(9, 640), normal(3001, 640))
 query, cache = normal(5, 4, 64), (normal(6, 2, 512, 64), normal(6, 2, 512, 64))
 integers = [np.array(x, np.int32) for x in ([0, 5, 2, 1, 4], [511, 700, 3, 90, 511], 400)]
-z = jax.jit(lambda *x: decode_attention(*x, logit_cap=None))(query, *cache, *integers)
+z = compiled_attention(query, *cache, *integers, logit_cap=None)
 print(*(hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in (y, z)))
 """
 

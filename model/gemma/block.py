@@ -20,8 +20,9 @@ from model.gemma.cached_attention import PackedPrompts, SlotRows, attend_prompts
 from model.gemma.kv_cache import LayerCache
 from model.gemma.norms import rms_norm
 from model.gemma.padded_rows import StepRows
-from model.gemma.projection import AdapterTerm, PromptTokens, projection
+from model.gemma.projection import AdapterTerm, projection
 from model.gemma.rope import apply_rope, inverse_frequencies
+from model.gemma.slot_tokens import SlotTokens, advance_tokens
 from model.gemma.weights import BlockWeights
 
 Residual = Float[Array, "batch seq width"]
@@ -63,7 +64,7 @@ def block(
     positions: Int[Array, "batch seq"],
     *,
     padding_mask: Bool[Array, "batch seq"] | None = None,
-    rows: SlotRows | PackedPrompts | None = None,
+    rows: SlotRows | PackedPrompts | SlotTokens | None = None,
     adapters: Mapping[str, AdapterTerm] | None = None,
     intervene: Intervention | None = None,
 ) -> tuple[Float[Array, "batch seq width"], LayerCache | None]:
@@ -77,29 +78,32 @@ def block(
         positions: Absolute position of each token in its own sequence.
         padding_mask: Without a cache: False marks tokens that no other token may see.
         rows: With a cache: where each row's keys and values stand. Attention then covers all that
-            the slot holds up to the query, and ``padding_mask`` must be None.
+            the slot holds up to the query, and ``padding_mask`` must be None. `SlotTokens` are
+            computed by the native kernel.
         adapters: Field of `BlockWeights` -> low-rank term of that projection.
         intervene: Applied to the residual stream after the block.
     """
     assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
     adapters = adapters or {}
-    step = None
-    if rows is not None:
-        step = rows.step if isinstance(rows, SlotRows) else rows.tokens
+    if isinstance(rows, SlotTokens):
+        assert not adapters, "the native kernel has no adapters"
+        x, cache = advance_tokens(config, weights, *traits, x, positions, rows)
+        return (x if intervene is None else intervene(x)), cache
+    step = rows.step if isinstance(rows, SlotRows) else None
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
     project = partial(_project, weights, adapters, step)
     query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
-    cache = None
+    new_cache = None
     if rows is None:
         assert padding_mask is not None
         mask = masks.visible_unpadded(positions, padding_mask, traits.window_tokens)
         context = attend(query, key, value, mask, logit_cap=config.attention_soft_cap)
     elif isinstance(rows, PackedPrompts):
-        context, cache = attend_prompts(
+        context, new_cache = attend_prompts(
             query, key, value, rows, traits.window_tokens, logit_cap=config.attention_soft_cap
         )
     else:
-        context, cache = attend_rows(
+        context, new_cache = attend_rows(
             query,
             key,
             value,
@@ -114,7 +118,7 @@ def block(
         attended = rms_norm(attended, weights.post_attention_norm, epsilon=config.norm_epsilon)
     x = x + attended
     x = x + _feed_forward(config, weights, x, project)
-    return (x if intervene is None else intervene(x)), cache
+    return (x if intervene is None else intervene(x)), new_cache
 
 
 Project = Callable[[str, Array], Array]
@@ -123,7 +127,7 @@ Project = Callable[[str, Array], Array]
 def _project(
     weights: BlockWeights,
     adapters: Mapping[str, AdapterTerm],
-    step: StepRows | PromptTokens | None,
+    step: StepRows | None,
     field: str,
     x: Float[Array, "batch seq in_width"],
 ) -> Float[Array, "batch seq out_width"]:

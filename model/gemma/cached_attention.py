@@ -1,8 +1,8 @@
 """Attention with a cache: a token of each row over its own slot, or the prompts of a chunk.
 
 Both write keys and values first, and then go row by row or prompt by prompt, so that nothing of a
-neighbour enters. The native kernel takes a token at a time wherever it stands; XLA's products need
-the same shapes for the same bits, which is why a prompt attends in tiles of one shape there.
+neighbour enters. XLA's products need the same shapes for the same bits, which is why a prompt
+attends in tiles of one shape. The native kernel does without (`model.gemma.slot_tokens`).
 """
 
 from typing import NamedTuple
@@ -15,8 +15,6 @@ from model.gemma import kv_cache
 from model.gemma.attention import attend_slot
 from model.gemma.kv_cache import LayerCache
 from model.gemma.padded_rows import StepRows, padded_again, real_rows
-from model.gemma.projection import PromptTokens
-from model.kernels.attention import decode_attention
 
 # Queries of one prompt that attend together where several prompts share a chunk. With more of them
 # a short prompt costs more than it needs; with 8, one of 64 tokens costs what it does in one go.
@@ -40,7 +38,6 @@ class PackedPrompts(NamedTuple):
     Prompt i has ``lengths[i]`` tokens from ``offsets[i]`` on, which are those of slot ``slots[i]``
     from position ``starts[i]`` on, all within one block. Only the first ``num_prompts`` are real.
     Several may stand in one slot, one after another: each sees what the ones before it wrote.
-    ``is_native`` is static: the native kernels compute.
     """
 
     cache: LayerCache
@@ -49,14 +46,6 @@ class PackedPrompts(NamedTuple):
     lengths: Int[Array, " prompts"]
     starts: Int[Array, " prompts"]
     num_prompts: Int[Array, ""]
-    is_native: bool = False
-
-    @property
-    def tokens(self) -> PromptTokens | None:
-        """Which tokens are real, if native kernels are to know."""
-        is_prompt = jnp.arange(self.lengths.shape[0]) < self.num_prompts
-        ends = jnp.where(is_prompt, self.offsets + self.lengths, 0)
-        return PromptTokens(jnp.max(ends).astype(jnp.int32)) if self.is_native else None
 
 
 def attend_rows(
@@ -77,11 +66,6 @@ def attend_rows(
     num_real = None if rows.step is None else rows.step.num_real
     real_query = real_rows(query, rows.step)
     slots, places = rows.slots[:num_real], positions[:num_real]
-    if rows.step is not None and rows.step.is_native:
-        attended = decode_attention(
-            real_query[:, 0], *cache, slots, places[:, 0], window_tokens, logit_cap=logit_cap
-        )[:, None]
-        return padded_again(attended, rows.step), cache
 
     def attend_row(row: tuple[Array, Array, Array]) -> Array:
         row_query, slot, row_positions = row
@@ -124,10 +108,8 @@ def attend_prompts(
 
         cache = kv_cache.write_prompt(cache, slot, start, length, own(wide_key), own(wide_value))
         prompt = _Prompt(cache, slot, offset, length, start)
-        if prompts.is_native:
-            return _add_by_tokens(context, wide_query, prompt, window_tokens, logit_cap), cache
         tile = min(seq, _TILE_TOKENS) if prompts.slots.shape[0] > 1 else seq
-        return _add_by_tiles(context, wide_query, prompt, window_tokens, tile, logit_cap), cache
+        return _add_prompt(context, wide_query, prompt, window_tokens, tile, logit_cap), cache
 
     start = (jnp.zeros_like(wide_query), prompts.cache)
     context, cache = jax.lax.fori_loop(0, prompts.num_prompts, add_prompt, start)
@@ -144,29 +126,7 @@ class _Prompt(NamedTuple):
     start: Int[Array, ""]
 
 
-def _add_by_tokens(
-    context: Float[Array, "1 wide heads head_dim"],
-    query: Float[Array, "1 wide heads head_dim"],
-    prompt: _Prompt,
-    window_tokens: Int[Array, ""],
-    logit_cap: float | None,
-) -> Float[Array, "1 wide heads head_dim"]:
-    """With the native kernel: every token by itself, those of other prompts without a slot."""
-    places = jnp.arange(query.shape[1], dtype=jnp.int32) - prompt.offset
-    is_own = (places >= 0) & (places < prompt.length)
-    num_slots = prompt.cache.keys.shape[0]
-    attended = decode_attention(
-        query[0],
-        *prompt.cache,
-        jnp.where(is_own, prompt.slot, num_slots),
-        prompt.start + places,
-        window_tokens,
-        logit_cap=logit_cap,
-    )
-    return jnp.where(is_own[None, :, None, None], attended[None], context)
-
-
-def _add_by_tiles(
+def _add_prompt(
     context: Float[Array, "1 wide heads head_dim"],
     query: Float[Array, "1 wide heads head_dim"],
     prompt: _Prompt,
@@ -174,7 +134,7 @@ def _add_by_tiles(
     tile: int,
     logit_cap: float | None,
 ) -> Float[Array, "1 wide heads head_dim"]:
-    """With XLA: from the prompt's beginning, ``tile`` tokens at a time.
+    """From the prompt's beginning, ``tile`` tokens at a time.
 
     So a prompt meets the same instructions, and gets the same bits, alone and behind others, and
     costs what its own tokens cost. What a tile leaves behind a prompt is overwritten by the next.

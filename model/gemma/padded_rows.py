@@ -9,7 +9,8 @@ the border::
     norm, RoPE, gates, sums    8 rows    | real | real | real | zero | zero | ...
     product, attention         3 rows    | real | real | real |
 
-With the native kernel these are 32 rows, as that many may be real.
+With the native kernel all of a block is apart from XLA; only the norm before the head is padded
+then, to 32 rows, as that many may be real.
 """
 
 from typing import NamedTuple

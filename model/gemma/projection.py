@@ -9,19 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from model.gemma.padded_rows import StepRows, padded_again, real_rows
 from model.kernels.product import product
-
-
-class PromptTokens(NamedTuple):
-    """The tokens of a chunk of prompts, whose products the native kernel makes.
-
-    Behind the first ``num_real`` there is padding, which gives zeros and costs nothing.
-    """
-
-    num_real: Int[Array, ""]
 
 
 class AdapterTerm(NamedTuple):
@@ -41,15 +32,12 @@ def projection(
     kernel: Float[Array, "out_width in_width"],
     adapter: AdapterTerm | None = None,
     *,
-    rows: StepRows | PromptTokens | None = None,
+    rows: StepRows | None = None,
 ) -> Float[Array, "batch seq out_width"]:
     """``x · kernelᵀ``, plus the adapter term of each row if there is one.
 
-    With ``rows`` only some of them are real: those of a decode step (`model.gemma.padded_rows`), or
-    the tokens of a chunk.
+    With ``rows``, those of a decode step, only some are real (`model.gemma.padded_rows`).
     """
-    if isinstance(rows, PromptTokens):
-        return real_projection(x, kernel, adapter, rows=rows)
     return padded_again(real_projection(real_rows(x, rows), kernel, adapter, rows=rows), rows)
 
 
@@ -58,14 +46,12 @@ def real_projection(
     kernel: Float[Array, "out_width in_width"],
     adapter: AdapterTerm | None = None,
     *,
-    rows: StepRows | PromptTokens | None = None,
+    rows: StepRows | None = None,
 ) -> Float[Array, "batch seq out_width"]:
     """`projection` where every row is real and stays alone."""
     batch, seq, in_width = x.shape
     columns = x.reshape(batch * seq, in_width)
-    if isinstance(rows, PromptTokens):
-        flat = product(columns, kernel, rows.num_real)
-    elif rows is not None and rows.is_native:
+    if rows is not None and rows.is_native:
         flat = product(columns, kernel)
     else:
         transposed = jax.lax.dot_general(kernel, columns, (((1,), (1,)), ((), ())))  # [out, B·L]

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 # XLA's name of a call -> the function of the library that handles it.
-TARGETS = {"gemma_product": "GemmaProduct", "gemma_attention": "GemmaAttention"}
+TARGETS = {
+    "gemma_product": "GemmaProduct",
+    "gemma_block": "GemmaBlock",
+}
 INSTRUCTION_SETS = ("avx512", "avx2", "neon")
 _CHOSEN = "gemma_kernels_instruction_set"
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class PenaltyRows(NamedTuple):
@@ -30,6 +30,11 @@ class PenaltyRows(NamedTuple):
     biases: Float[Array, "batch biases"]
 
 
+def is_adjusted(row: PenaltyRows, vocabulary_size: int) -> Bool[Array, ""]:
+    """Whether `adjust` changes anything for one row."""
+    return _is_penalized(row) | _is_biased(row.bias_ids, vocabulary_size)
+
+
 def adjust(
     logits: Float[Array, " vocab"],
     row: PenaltyRows,
@@ -44,9 +49,8 @@ def adjust(
         history: The row's tokens so far, prompt first; V where there is none.
         num_prompt: How many of them are the prompt.
     """
-    is_penalized = (row.repetition != 1) | (row.presence != 0) | (row.frequency != 0)
     penalized = jax.lax.cond(
-        is_penalized, lambda: _penalized(logits, row, history, num_prompt), lambda: logits
+        _is_penalized(row), lambda: _penalized(logits, row, history, num_prompt), lambda: logits
     )
     return add_biases(penalized, row.bias_ids, row.biases)
 
@@ -56,10 +60,18 @@ def add_biases(
 ) -> Float[Array, " vocab"]:
     """One row's logits with its biases; skipped if every id is V."""
     return jax.lax.cond(
-        jnp.any(bias_ids < logits.shape[0]),
+        _is_biased(bias_ids, logits.shape[0]),
         lambda: logits.at[bias_ids].add(biases, mode="drop"),
         lambda: logits,
     )
+
+
+def _is_penalized(row: PenaltyRows) -> Bool[Array, ""]:
+    return (row.repetition != 1) | (row.presence != 0) | (row.frequency != 0)
+
+
+def _is_biased(bias_ids: Int[Array, " biases"], vocabulary_size: int) -> Bool[Array, ""]:
+    return jnp.any(bias_ids < vocabulary_size)
 
 
 def _penalized(

@@ -5,9 +5,6 @@
 //
 // Built with sanitizers. They see what the compiler reads, and not what a masked load does; so half
 // the buffers end where a block of malloc ends, and half where a page begins that none may touch.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,58 +13,19 @@
 #include <random>
 #include <vector>
 
+#include "block_phases.h"
+#include "buffers.h"
 #include "instruction_sets.h"
 
 namespace {
 
 using gemma::AttentionPart;
 using gemma::BFloat16;
+using gemma::Buffer;
 using gemma::InstructionSet;
+using gemma::Matrix;
 using gemma::Part;
-
-constexpr std::int64_t kMost = std::int64_t{1} << 17;  // bytes of the largest buffer
-
-// A buffer that nothing can be read behind. Before it lies what would show in a result.
-class Buffer {
- public:
-  // With a page, one that is kept for the next buffer; else of malloc, some places into its block.
-  Buffer(std::int64_t bytes, std::int64_t before, char* page) : is_malloc_(page == nullptr) {
-    if (is_malloc_) {
-      base_ = static_cast<char*>(std::malloc(static_cast<std::size_t>(before + bytes)));
-      data_ = base_ + before;
-    } else {
-      if (bytes + before > kMost) std::abort();
-      data_ = page - bytes;
-      base_ = data_ - before;
-    }
-    std::memset(base_, 0xff, static_cast<std::size_t>(before + bytes));
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() {
-    if (is_malloc_) std::free(base_);
-  }
-  template <typename Number>
-  Number* of() const {
-    return reinterpret_cast<Number*>(data_);
-  }
-
- private:
-  bool is_malloc_;
-  char* base_;
-  char* data_;
-};
-
-// The address of a page that may not be touched, behind `kMost` bytes that may.
-char* untouchable() {
-  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  const std::size_t most = static_cast<std::size_t>(kMost);
-  void* all = mmap(nullptr, most + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (all == MAP_FAILED || mprotect(static_cast<char*>(all) + most, page, PROT_NONE) != 0) {
-    std::perror("mmap");
-    std::exit(2);
-  }
-  return static_cast<char*>(all) + most;
-}
+using gemma::untouchable;
 
 std::vector<const InstructionSet*> available() {
   std::vector<const InstructionSet*> sets;
@@ -83,10 +41,11 @@ class Fuzz {
     for (char*& page : pages_) page = untouchable();
   }
 
-  // One product of each kind of weight, and one attention.
+  // One product of each kind of weight, one attention, one row of each kind, and now and then a block.
   bool agrees() {
     use_pages_ = up_to(1) == 1;
-    return product_agrees<float>() && product_agrees<BFloat16>() && attention_agrees();
+    return product_agrees<float>() && product_agrees<BFloat16>() && attention_agrees() &&
+           rows_agree() && (up_to(9) != 0 || block_agrees());
   }
 
  private:
@@ -177,6 +136,112 @@ class Fuzz {
       }
     }
     return true;
+  }
+
+  bool rows_agree() {
+    const std::int64_t half = up_to(100), width = 2 * half + up_to(1);
+    const Buffer x = buffer<float>(width, 0), scale = buffer<float>(width, 1);
+    fill(x.of<float>(), width);
+    fill(scale.of<float>(), width);
+    const auto make = [&](const InstructionSet& set, const Buffer& y, int which) {
+      if (which == 0) set.normalize(x.of<float>(), scale.of<float>(), width, 1e-6f, y.of<float>());
+      if (which == 1) set.gate(x.of<float>(), scale.of<float>(), width, y.of<float>());
+      if (which == 2)
+        set.rotate(x.of<float>(), scale.of<float>(), scale.of<float>() + half, half, 0.3f,
+                   y.of<float>());
+    };
+    for (int which = 0; which < 3; ++which) {
+      const std::int64_t made = which == 2 ? 2 * half : width;
+      const Buffer expected = buffer<float>(width, 2);
+      make(gemma::kPlain, expected, which);
+      for (const InstructionSet* set : available()) {
+        const Buffer y = buffer<float>(width, 3);
+        make(*set, y, which);
+        if (!is_equal(expected, y, made)) {
+          std::printf("%s: row function %d, %ld numbers\n", set->name, which, long(made));
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  // A pool whose threads never come: the work is shared out, and done by the one that does it.
+  struct NoPool {
+    template <typename Task>
+    void Schedule(Task&&) {}
+  };
+
+  bool block_agrees() {
+    const std::int64_t kv_heads = 1 + up_to(2), head_dim = 2 * (1 + up_to(8));
+    const gemma::BlockShape shape{1 + up_to(40), kv_heads * (1 + up_to(2)), kv_heads, head_dim,
+                                  1 + up_to(60), 1 + up_to(3), 1 + up_to(30)};
+    const std::int64_t queries = shape.heads * head_dim, keys = kv_heads * head_dim;
+    std::vector<std::vector<float>> kept;
+    const auto numbers = [&](std::int64_t count) {
+      kept.emplace_back(static_cast<std::size_t>(count));
+      fill(kept.back().data(), count);
+      return kept.back().data();
+    };
+    const auto matrix = [&](std::int64_t out_width, std::int64_t in_width) {
+      return Matrix{reinterpret_cast<const char*>(numbers(out_width * in_width)), false, out_width,
+                    in_width};
+    };
+    const auto norm = [&](std::int64_t width) -> const float* {
+      return up_to(1) == 0 ? nullptr : numbers(width);
+    };
+    gemma::BlockWeights weights{};
+    weights.pre_attention_norm = numbers(shape.width);
+    weights.query = matrix(queries, shape.width);
+    weights.key = matrix(keys, shape.width);
+    weights.value = matrix(keys, shape.width);
+    weights.query_norm = norm(head_dim);
+    weights.key_norm = norm(head_dim);
+    weights.attention_output = matrix(shape.width, queries);
+    weights.post_attention_norm = norm(shape.width);
+    weights.pre_ffw_norm = numbers(shape.width);
+    weights.gate = matrix(shape.feed_forward, shape.width);
+    weights.up = matrix(shape.feed_forward, shape.width);
+    weights.down = matrix(shape.width, shape.feed_forward);
+    weights.post_ffw_norm = norm(shape.width);
+    const gemma::BlockTraits traits{numbers(head_dim / 2), up_to(40), 1e-6f, 0.25f,
+                                    up_to(1) == 0 ? 0.0f : 5.0f};
+    const std::int64_t count = up_to(40);
+    std::vector<std::int32_t> slots, positions;
+    for (std::int64_t token = 0; token < count; ++token) {
+      const bool goes_on = token > 0 && up_to(3) != 0;
+      // One too many: a slot that does not exist.
+      slots.push_back(goes_on ? slots.back() : static_cast<std::int32_t>(up_to(shape.num_slots)));
+      positions.push_back(goes_on ? positions.back() + 1 : static_cast<std::int32_t>(up_to(50)));
+    }
+    const float* x = numbers(count * shape.width);
+    const std::int64_t cache = shape.num_slots * keys * shape.num_positions;
+    const float* caches[] = {numbers(cache), numbers(cache)};
+    std::vector<float> expected;
+    for (const InstructionSet* set : with_plain()) {
+      std::vector<float> y(static_cast<std::size_t>(count * shape.width));
+      std::vector<float> new_keys(caches[0], caches[0] + cache);
+      std::vector<float> new_values(caches[1], caches[1] + cache);
+      const gemma::BlockTokens tokens{count,    slots.data(),    positions.data(), x,
+                                      y.data(), new_keys.data(), new_values.data()};
+      NoPool pool;
+      gemma::BlockPhases<NoPool>(pool, 1 + up_to(3), *set, shape, weights, traits, tokens).run();
+      y.insert(y.end(), new_keys.begin(), new_keys.end());
+      y.insert(y.end(), new_values.begin(), new_values.end());
+      if (set == &gemma::kPlain) expected = y;
+      if (std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)) != 0) {
+        std::printf("%s: block of %ld tokens, width %ld\n", set->name, long(count),
+                    long(shape.width));
+        return false;
+      }
+    }
+    return true;
+  }
+
+  static std::vector<const InstructionSet*> with_plain() {
+    std::vector<const InstructionSet*> sets = available();
+    sets.insert(sets.begin(), &gemma::kPlain);
+    return sets;
   }
 
   static void multiply(const InstructionSet& set, const Part<float>& part) {

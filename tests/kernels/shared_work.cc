@@ -62,9 +62,9 @@ class Pool {
 // that is done twice, or by a thread that comes after the return, is a race or a wrong number.
 bool is_done_once(Pool& pool, std::int64_t threads, std::int64_t pieces, bool is_slow) {
   std::vector<int> done(static_cast<std::size_t>(pieces), 0);
-  gemma::share_work(pool, threads, pieces, [&](std::int64_t piece) {
+  gemma::share_work(pool, threads, pieces, [&](const gemma::Turn& turn) {
     if (is_slow) std::this_thread::sleep_for(std::chrono::microseconds(200));
-    done[static_cast<std::size_t>(piece)] += 1;
+    done[static_cast<std::size_t>(turn.piece)] += 1;
   });
   for (int times : done) {
     if (times != 1) return false;
@@ -78,7 +78,7 @@ int main(int count, char**) {
   Pool pool(3);
   if (count > 1) {
     int number = 0;
-    gemma::share_work(pool, 4, 64, [&](std::int64_t) {
+    gemma::share_work(pool, 4, 64, [&](const gemma::Turn&) {
       std::this_thread::sleep_for(std::chrono::microseconds(200));
       number += 1;
     });
@@ -96,8 +96,8 @@ int main(int count, char**) {
   }
   // Every thread of the pool waits for pieces, which none but itself may be free to do.
   std::vector<int> inner(12, 0);
-  gemma::share_work(pool, 4, 12, [&](std::int64_t piece) {
-    inner[static_cast<std::size_t>(piece)] = is_done_once(pool, 4, 30, true);
+  gemma::share_work(pool, 4, 12, [&](const gemma::Turn& turn) {
+    inner[static_cast<std::size_t>(turn.piece)] = is_done_once(pool, 4, 30, true);
   });
   for (int is_right : inner) failures += !is_right;
   std::printf("%ld calls\n", calls + 12);

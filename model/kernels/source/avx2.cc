@@ -74,6 +74,7 @@ inline __m128 four_of(const Lanes& lanes) {
 #include "tiles.h"
 
 #include "attend.h"
+#include "row_functions.h"
 
 }  // namespace
 }  // namespace gemma::avx2
@@ -84,7 +85,8 @@ namespace {
 bool is_available() { return processor().avx2_and_fma; }
 }  // namespace
 const InstructionSet kAvx2{"avx2", is_available, avx2::multiply<float>, avx2::multiply<BFloat16>,
-                           avx2::attend};
+                           avx2::attend,
+                             avx2::normalize, avx2::rotate, avx2::gate};
 }  // namespace gemma
 
 #else
@@ -92,6 +94,7 @@ namespace gemma {
 namespace {
 bool is_available() { return false; }
 }  // namespace
-const InstructionSet kAvx2{"avx2", is_available, nullptr, nullptr, nullptr};
+const InstructionSet kAvx2{"avx2", is_available, nullptr, nullptr, nullptr,
+                             nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

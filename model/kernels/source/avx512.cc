@@ -67,6 +67,7 @@ inline __m128 four_of(Lanes lanes) {
 #include "tiles.h"
 
 #include "attend.h"
+#include "row_functions.h"
 
 }  // namespace
 }  // namespace gemma::avx512
@@ -77,7 +78,8 @@ namespace {
 bool is_available() { return processor().avx512f; }
 }  // namespace
 const InstructionSet kAvx512{"avx512", is_available, avx512::multiply<float>,
-                             avx512::multiply<BFloat16>, avx512::attend};
+                             avx512::multiply<BFloat16>, avx512::attend,
+                             avx512::normalize, avx512::rotate, avx512::gate};
 }  // namespace gemma
 
 #else
@@ -85,6 +87,7 @@ namespace gemma {
 namespace {
 bool is_available() { return false; }
 }  // namespace
-const InstructionSet kAvx512{"avx512", is_available, nullptr, nullptr, nullptr};
+const InstructionSet kAvx512{"avx512", is_available, nullptr, nullptr, nullptr,
+                             nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

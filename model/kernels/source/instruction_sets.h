@@ -12,6 +12,11 @@ struct InstructionSet {
   void (*multiply_float32)(const Part<float>&);
   void (*multiply_bfloat16)(const Part<BFloat16>&);
   void (*attend)(const AttentionPart&);
+  // See row_functions.h.
+  void (*normalize)(const float* x, const float* scale, std::int64_t width, float epsilon, float* y);
+  void (*rotate)(const float* x, const float* cosines, const float* sines, std::int64_t half,
+                 float factor, float* y);
+  void (*gate)(const float* x, const float* up, std::int64_t count, float* y);
 };
 
 extern const InstructionSet kAvx512;

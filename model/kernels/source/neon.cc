@@ -89,6 +89,7 @@ inline void store_sums(const Lanes (&sums)[Rows][Outputs], float* y, std::int64_
 #include "tiles.h"
 
 #include "attend.h"
+#include "row_functions.h"
 
 }  // namespace
 }  // namespace gemma::neon
@@ -98,7 +99,8 @@ namespace {
 bool is_available() { return true; }
 }  // namespace
 const InstructionSet kNeon{"neon", is_available, neon::multiply<float>, neon::multiply<BFloat16>,
-                           neon::attend};
+                           neon::attend,
+                             neon::normalize, neon::rotate, neon::gate};
 }  // namespace gemma
 
 #else
@@ -106,6 +108,7 @@ namespace gemma {
 namespace {
 bool is_available() { return false; }
 }  // namespace
-const InstructionSet kNeon{"neon", is_available, nullptr, nullptr, nullptr};
+const InstructionSet kNeon{"neon", is_available, nullptr, nullptr, nullptr,
+                             nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

@@ -77,11 +77,13 @@ constexpr int kTileRows = 1;
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 #include "attend.h"
+#include "row_functions.h"
 
 bool is_available() { return true; }
 
 }  // namespace
 
-const InstructionSet kPlain{"plain", is_available, multiply<float>, multiply<BFloat16>, attend};
+const InstructionSet kPlain{"plain", is_available, multiply<float>, multiply<BFloat16>, attend,
+                             normalize, rotate, gate};
 
 }  // namespace gemma

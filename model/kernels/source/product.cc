@@ -5,7 +5,7 @@
 #include <string>
 
 #include "instruction_sets.h"
-#include "product.h"
+#include "matrix.h"
 #include "shapes.h"
 #include "shared_work.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,35 +14,6 @@ namespace gemma {
 namespace {
 
 namespace ffi = xla::ffi;
-
-// Of weight, in one piece: enough to be worth a thread's while. Tiles of most row counts divide it.
-constexpr std::int64_t kPieceOutputs = 24;
-constexpr std::int64_t kPieceBytes = 256 * 1024;
-// Few enough outputs that no thread waits long for the last piece of another.
-constexpr std::int64_t kPiecesOfThread = 8;
-
-std::int64_t outputs_of_piece(std::int64_t out_width, std::int64_t row_bytes,
-                              std::int64_t threads) {
-  const std::int64_t that_fit = kPieceBytes / (row_bytes > 0 ? row_bytes : 1);
-  const std::int64_t even = out_width / (threads * kPiecesOfThread);
-  const std::int64_t outputs = (that_fit < even ? that_fit : even) / kPieceOutputs * kPieceOutputs;
-  return outputs > kPieceOutputs ? outputs : kPieceOutputs;
-}
-
-template <typename Weight>
-void multiply_in_pieces(ffi::ThreadPool& pool, Part<Weight> whole,
-                        void (*multiply)(const Part<Weight>&)) {
-  const std::int64_t threads = pool.num_threads();
-  const std::int64_t outputs = outputs_of_piece(
-      whole.out_width, whole.in_width * static_cast<std::int64_t>(sizeof(Weight)), threads);
-  const std::int64_t pieces = (whole.out_width + outputs - 1) / outputs;
-  share_work(pool, threads, pieces, [&](std::int64_t piece) {
-    Part<Weight> part = whole;
-    part.begin = piece * outputs;
-    part.end = part.begin + outputs < whole.out_width ? part.begin + outputs : whole.out_width;
-    multiply(part);
-  });
-}
 
 ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
                    ffi::Buffer<ffi::S32> num_real, ffi::ResultBuffer<ffi::F32> y) {
@@ -65,17 +36,21 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
   float* result = y->typed_data();
   std::fill(result + rows * weight_shape[0], result + x_shape[0] * weight_shape[0], 0.0f);
   if (rows == 0 || weight_shape[0] == 0) return ffi::Error::Success();
-  if (weight.element_type() == ffi::F32) {
-    const auto* weights = reinterpret_cast<const float*>(weight.untyped_data());
-    const Part<float> whole{values, weights, result, rows, x_shape[1], weight_shape[0], 0, 0};
-    multiply_in_pieces(pool, whole, set->multiply_float32);
-  } else if (weight.element_type() == ffi::BF16) {
-    const auto* weights = reinterpret_cast<const BFloat16*>(weight.untyped_data());
-    const Part<BFloat16> whole{values, weights, result, rows, x_shape[1], weight_shape[0], 0, 0};
-    multiply_in_pieces(pool, whole, set->multiply_bfloat16);
-  } else {
+  const ffi::DataType dtype = weight.element_type();
+  if (dtype != ffi::F32 && dtype != ffi::BF16) {
     return ffi::Error::InvalidArgument("gemma_product: the weight must be float32 or bfloat16.");
   }
+  const Matrix matrix{static_cast<const char*>(weight.untyped_data()), dtype == ffi::BF16,
+                      weight_shape[0], x_shape[1]};
+  const std::int64_t threads = pool.num_threads();
+  const std::int64_t outputs = outputs_of_piece(matrix.out_width, matrix.row_bytes(), threads);
+  const std::int64_t pieces = (matrix.out_width + outputs - 1) / outputs;
+  share_work(pool, threads, pieces, [&](const Turn& turn) {
+    const std::int64_t begin = turn.piece * outputs;
+    const Memory next = turn.following < 0 ? Memory{} : matrix.first(turn.following * outputs);
+    multiply(*set, matrix, values, rows, result, begin,
+             std::min(begin + outputs, matrix.out_width), next);
+  });
   return ffi::Error::Success();
 }
 

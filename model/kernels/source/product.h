@@ -27,6 +27,12 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
+// Addresses from begin to end.
+struct Memory {
+  std::uintptr_t begin = 0;
+  std::uintptr_t end = 0;
+};
+
 // What one thread works on: the first `rows` rows, and the outputs [begin, end).
 template <typename Weight>
 struct Part {
@@ -38,6 +44,8 @@ struct Part {
   std::int64_t out_width;
   std::int64_t begin;
   std::int64_t end;
+  // What this thread reads next; asked for at the end, so that memory is not idle in between.
+  Memory next = {};
 };
 
 }  // namespace gemma

@@ -17,10 +17,21 @@
 // More rows than a tile has take turns at a block of W, which then stays in the cache; each turn
 // fetches its share of the next block, so that memory is never idle.
 
-// Memory that tiles ask for while they compute.
-struct Ahead {
-  std::uintptr_t next;
-  std::uintptr_t end;
+// Memory that tiles ask for while they compute: one range, and then what comes after the part.
+class Ahead {
+ public:
+  Ahead(Memory range, Memory after) : range_(range), after_(after) { asked_up_to(range.begin); }
+  std::uintptr_t next() const { return range_.begin; }
+  void asked_up_to(std::uintptr_t line) {
+    range_.begin = line < range_.end ? line : range_.end;
+    if (range_.begin != range_.end || after_.begin == after_.end) return;
+    range_ = after_;
+    after_ = {};
+  }
+
+ private:
+  Memory range_;
+  Memory after_;
 };
 
 inline constexpr int kLineBytes = 64;
@@ -39,7 +50,7 @@ inline void multiply_tile(const Part<Weight>& part, std::int64_t row, std::int64
 #pragma GCC unroll 8
     for (int o = 0; o < Outputs; ++o) sums[r][o] = Lanes::zero();
   }
-  std::uintptr_t line = ahead.next;
+  std::uintptr_t line = ahead.next();
   std::int64_t place = 0;
   for (; place + kLanes <= width; place += kLanes) {
     Lanes weights[Outputs];
@@ -68,7 +79,7 @@ inline void multiply_tile(const Part<Weight>& part, std::int64_t row, std::int64
       for (int o = 0; o < Outputs; ++o) sums[r][o].add_product(values, weights[o]);
     }
   }
-  ahead.next = line < ahead.end ? line : ahead.end;
+  ahead.asked_up_to(line);
   store_sums<Rows, Outputs>(sums, part.y + row * part.out_width + output, part.out_width);
 }
 
@@ -109,7 +120,9 @@ template <int Turns, typename Weight>
 void take_turns(const Part<Weight>& part, std::int64_t turns) {
   for (std::int64_t begin = part.begin; begin < part.end; begin += kBlockOutputs) {
     const std::int64_t end = smaller(begin + kBlockOutputs, part.end);
-    Ahead ahead{address_of(part, end), address_of(part, smaller(end + kBlockOutputs, part.end))};
+    const std::int64_t next_end = smaller(end + kBlockOutputs, part.end);
+    Ahead ahead({address_of(part, end), address_of(part, next_end)},
+                next_end == part.end ? part.next : Memory{});
     for (std::int64_t turn = 0; turn < turns; ++turn) {
       const std::int64_t row = part.rows * turn / turns;
       const std::int64_t rows = part.rows * (turn + 1) / turns - row;
@@ -123,7 +136,7 @@ void multiply(const Part<Weight>& part) {
   const std::int64_t turns = (part.rows + kTileRows - 1) / kTileRows;
   if (turns <= 1) {
     const std::int64_t tile = smaller(part.begin + tile_outputs(part.rows), part.end);
-    Ahead ahead{address_of(part, tile), address_of(part, part.end)};
+    Ahead ahead({address_of(part, tile), address_of(part, part.end)}, part.next);
     take_turn_of<1>(part.rows, part, 0, part.begin, part.end, ahead);
   } else if (turns < 4) {
     take_turns<2>(part, turns);
