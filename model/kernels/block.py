@@ -31,6 +31,7 @@ def native_block(
     keys: Float32[Array, "slots kv_heads cache head_dim"],
     values: Float32[Array, "slots kv_heads cache head_dim"],
     weights: Sequence[Array | None],
+    adapters: Sequence[Array] = (),
     *,
     epsilon: float,
     query_scale: float,
@@ -56,6 +57,9 @@ def native_block(
         values: Likewise.
         weights: Fields of `model.gemma.weights.BlockWeights`, in their order; None for a norm that
             the architecture lacks. Matrices are float32 or bfloat16, norms float32.
+        adapters: None, or the slot of each token in a bank of low-rank pairs, 0 for the base, and
+            then for each matrix in its order A [slots, heads, rank, in], B [slots, heads, rank,
+            out] and the rank of each slot, which holds entry slot − 1.
         epsilon: Of the norms.
         query_scale: Of the queries, behind their rotation.
         logit_cap: Soft cap on the logits of attention.
@@ -81,6 +85,7 @@ def native_block(
         keys,
         values,
         *(absent if weight is None else weight for weight in weights),
+        *adapters,
         epsilon=np.float32(epsilon),
         query_scale=np.float32(query_scale),
         logit_cap=np.float32(0.0 if logit_cap is None else logit_cap),

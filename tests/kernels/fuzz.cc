@@ -204,6 +204,25 @@ class Fuzz {
     weights.up = matrix(shape.feed_forward, shape.width);
     weights.down = matrix(shape.width, shape.feed_forward);
     weights.post_ffw_norm = norm(shape.width);
+    gemma::BlockAdapters adapters{};
+    std::vector<std::int32_t> ranks[7], adapter_slots;
+    adapters.num_pairs = up_to(3);
+    adapters.most_rank = 1 + up_to(9);
+    const auto pairs = [&](int which, std::int64_t heads, std::int64_t in_width,
+                           std::int64_t out_width) {
+      for (std::int64_t pair = 0; pair < adapters.num_pairs; ++pair)
+        ranks[which].push_back(static_cast<std::int32_t>(up_to(adapters.most_rank)));
+      const std::int64_t all = adapters.num_pairs * heads * adapters.most_rank;
+      return gemma::PairBank{numbers(all * in_width), numbers(all * out_width),
+                             ranks[which].data(), heads, in_width, out_width};
+    };
+    adapters.query = pairs(0, shape.heads, shape.width, head_dim);
+    adapters.key = pairs(1, kv_heads, shape.width, head_dim);
+    adapters.value = pairs(2, kv_heads, shape.width, head_dim);
+    adapters.attention_output = pairs(3, 1, queries, shape.width);
+    adapters.gate = pairs(4, 1, shape.width, shape.feed_forward);
+    adapters.up = pairs(5, 1, shape.width, shape.feed_forward);
+    adapters.down = pairs(6, 1, shape.feed_forward, shape.width);
     const gemma::BlockTraits traits{numbers(head_dim / 2), up_to(40), 1e-6f, 0.25f,
                                     up_to(1) == 0 ? 0.0f : 5.0f};
     const std::int64_t count = up_to(40);
@@ -213,7 +232,9 @@ class Fuzz {
       // One too many: a slot that does not exist.
       slots.push_back(goes_on ? slots.back() : static_cast<std::int32_t>(up_to(shape.num_slots)));
       positions.push_back(goes_on ? positions.back() + 1 : static_cast<std::int32_t>(up_to(50)));
+      adapter_slots.push_back(goes_on ? adapter_slots.back() : static_cast<std::int32_t>(up_to(4)));
     }
+    if (up_to(1) == 0) adapters.slots = adapter_slots.data();
     const float* x = numbers(count * shape.width);
     const std::int64_t cache = shape.num_slots * keys * shape.num_positions;
     const float* caches[] = {numbers(cache), numbers(cache)};
@@ -225,7 +246,9 @@ class Fuzz {
       const gemma::BlockTokens tokens{count,    slots.data(),    positions.data(), x,
                                       y.data(), new_keys.data(), new_values.data()};
       NoPool pool;
-      gemma::BlockPhases<NoPool>(pool, 1 + up_to(3), *set, shape, weights, traits, tokens).run();
+      gemma::BlockPhases<NoPool>(pool, 1 + up_to(3), *set, shape, weights, adapters, traits,
+                                 tokens)
+          .run();
       y.insert(y.end(), new_keys.begin(), new_keys.end());
       y.insert(y.end(), new_values.begin(), new_values.end());
       if (set == &gemma::kPlain) expected = y;

@@ -73,6 +73,7 @@ inline __m128 four_of(const Lanes& lanes) {
 #include "four_sums.h"
 #include "tiles.h"
 
+#include "add_low_rank.h"
 #include "attend.h"
 #include "row_functions.h"
 
@@ -86,7 +87,7 @@ bool is_available() { return processor().avx2_and_fma; }
 }  // namespace
 const InstructionSet kAvx2{"avx2", is_available, avx2::multiply<float>, avx2::multiply<BFloat16>,
                            avx2::attend,
-                             avx2::normalize, avx2::rotate, avx2::gate};
+                             avx2::add_low_rank, avx2::normalize, avx2::rotate, avx2::gate};
 }  // namespace gemma
 
 #else
@@ -95,6 +96,6 @@ namespace {
 bool is_available() { return false; }
 }  // namespace
 const InstructionSet kAvx2{"avx2", is_available, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr};
+                             nullptr, nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

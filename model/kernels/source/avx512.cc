@@ -66,6 +66,7 @@ inline __m128 four_of(Lanes lanes) {
 #include "four_sums.h"
 #include "tiles.h"
 
+#include "add_low_rank.h"
 #include "attend.h"
 #include "row_functions.h"
 
@@ -79,7 +80,7 @@ bool is_available() { return processor().avx512f; }
 }  // namespace
 const InstructionSet kAvx512{"avx512", is_available, avx512::multiply<float>,
                              avx512::multiply<BFloat16>, avx512::attend,
-                             avx512::normalize, avx512::rotate, avx512::gate};
+                             avx512::add_low_rank, avx512::normalize, avx512::rotate, avx512::gate};
 }  // namespace gemma
 
 #else
@@ -88,6 +89,6 @@ namespace {
 bool is_available() { return false; }
 }  // namespace
 const InstructionSet kAvx512{"avx512", is_available, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr};
+                             nullptr, nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

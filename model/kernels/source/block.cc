@@ -55,6 +55,43 @@ class Weights {
             out_width, in_width};
   }
 
+  // Pairs for a projection of `heads` times `out_width` outputs; the first says how many there are.
+  PairBank pairs(BlockAdapters& adapters, std::int64_t heads, std::int64_t in_width,
+                 std::int64_t out_width) {
+    const auto a = arguments_.get<ffi::Buffer<ffi::F32>>(next_);
+    const auto b = arguments_.get<ffi::Buffer<ffi::F32>>(next_ + 1);
+    const auto ranks = arguments_.get<ffi::Buffer<ffi::S32>>(next_ + 2);
+    next_ += 3;
+    const bool is_known = a.has_value() && b.has_value() && ranks.has_value() &&
+                          a->dimensions().size() == 4;
+    if (!is_known) {
+      complain("is no bank of pairs");
+      return {};
+    }
+    const std::int64_t num_pairs = a->dimensions()[0], rank = a->dimensions()[2];
+    if (adapters.num_pairs == 0) {
+      adapters.num_pairs = num_pairs;
+      adapters.most_rank = rank;
+    }
+    if (num_pairs != adapters.num_pairs || rank != adapters.most_rank ||
+        !is_shape(a->dimensions(), {num_pairs, heads, rank, in_width}) ||
+        !is_shape(b->dimensions(), {num_pairs, heads, rank, out_width}) ||
+        !is_shape(ranks->dimensions(), {num_pairs})) {
+      complain("is a bank of shapes " + shape_of(a->dimensions()) + " and " +
+               shape_of(b->dimensions()));
+      return {};
+    }
+    return {a->typed_data(), b->typed_data(), ranks->typed_data(), heads, in_width, out_width};
+  }
+
+  const std::int32_t* adapter_slots(std::int64_t tokens) {
+    const auto found = arguments_.get<ffi::Buffer<ffi::S32>>(next_);
+    ++next_;
+    if (found.has_value() && is_shape(found->dimensions(), {tokens})) return found->typed_data();
+    complain("are no adapter slots of the tokens");
+    return nullptr;
+  }
+
   std::int64_t outputs_of(std::size_t index) const {
     const auto found = arguments_.get<ffi::AnyBuffer>(index);
     return found.has_value() && found->dimensions().size() == 2 ? found->dimensions()[0] : 0;
@@ -73,7 +110,7 @@ class Weights {
   std::string reason_;
 };
 
-constexpr std::size_t kNumWeights = 13, kQuery = 1, kGate = 9;
+constexpr std::size_t kNumWeights = 13, kNumWithAdapters = 13 + 1 + 7 * 3, kQuery = 1, kGate = 9;
 
 BlockWeights take_weights(Weights& weights, const BlockShape& shape) {
   const std::int64_t width = shape.width, queries = shape.heads * shape.head_dim,
@@ -95,6 +132,20 @@ BlockWeights take_weights(Weights& weights, const BlockShape& shape) {
   return taken;
 }
 
+BlockAdapters take_adapters(Weights& weights, const BlockShape& shape, std::int64_t tokens) {
+  const std::int64_t width = shape.width, head_dim = shape.head_dim;
+  BlockAdapters taken{};
+  taken.slots = weights.adapter_slots(tokens);
+  taken.query = weights.pairs(taken, shape.heads, width, head_dim);
+  taken.key = weights.pairs(taken, shape.kv_heads, width, head_dim);
+  taken.value = weights.pairs(taken, shape.kv_heads, width, head_dim);
+  taken.attention_output = weights.pairs(taken, 1, shape.heads * head_dim, width);
+  taken.gate = weights.pairs(taken, 1, width, shape.feed_forward);
+  taken.up = weights.pairs(taken, 1, width, shape.feed_forward);
+  taken.down = weights.pairs(taken, 1, shape.feed_forward, width);
+  return taken;
+}
+
 ffi::Error block(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> num_real,
                  ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
                  ffi::Buffer<ffi::S32> window_tokens, ffi::Buffer<ffi::F32> frequencies,
@@ -109,7 +160,8 @@ ffi::Error block(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
       !is_shape(positions.dimensions(), {rows[0]}) || !is_shape(num_real.dimensions(), {}) ||
       !is_shape(window_tokens.dimensions(), {}) ||
       !is_shape(frequencies.dimensions(), {cache[3] / 2}) || cache[3] % 2 != 0 || cache[1] < 1 ||
-      cache[2] < 1 || arguments.size() != kNumWeights) {
+      cache[2] < 1 ||
+      (arguments.size() != kNumWeights && arguments.size() != kNumWithAdapters)) {
     return wrong("x is [rows, width] and the cache [slots, kv_heads, positions, head_dim], not " +
                  shape_of(rows) + " and " + shape_of(cache) + ", or another shape does not fit.");
   }
@@ -128,6 +180,9 @@ ffi::Error block(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
   const BlockShape shape{rows[1], heads, cache[1], cache[3], given.outputs_of(kGate),
                          cache[0], cache[2]};
   const BlockWeights weights = take_weights(given, shape);
+  const BlockAdapters adapters = arguments.size() == kNumWeights
+                                     ? BlockAdapters{}
+                                     : take_adapters(given, shape, rows[0]);
   if (!given.reason().empty()) return wrong(given.reason());
   const BlockTraits traits{frequencies.typed_data(), *window_tokens.typed_data(), epsilon,
                            query_scale, logit_cap};
@@ -140,7 +195,8 @@ ffi::Error block(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
                            y->typed_data(),
                            new_keys->typed_data(),
                            new_values->typed_data()};
-  BlockPhases<ffi::ThreadPool>(pool, pool.num_threads(), *set, shape, weights, traits, tokens)
+  BlockPhases<ffi::ThreadPool>(pool, pool.num_threads(), *set, shape, weights, adapters, traits,
+                               tokens)
       .run();
   return ffi::Error::Success();
 }

@@ -31,6 +31,21 @@ struct BlockWeights {
   const float* post_ffw_norm;
 };
 
+// Low-rank pairs of one projection: A [pairs, heads, rank, in], B [pairs, heads, rank, out].
+struct PairBank {
+  const float* a = nullptr;
+  const float* b = nullptr;
+  const std::int32_t* ranks = nullptr;  // of each pair; 0 where an adapter lacks this projection
+  std::int64_t heads = 0, in_width = 0, out_width = 0;
+};
+
+// The adapters that tokens may name: slot s has the pairs s - 1, and slot 0 is the base.
+struct BlockAdapters {
+  std::int64_t num_pairs = 0, most_rank = 0;
+  const std::int32_t* slots = nullptr;  // of each token; null if there are no adapters
+  PairBank query, key, value, attention_output, gate, up, down;
+};
+
 struct BlockShape {
   std::int64_t width, heads, kv_heads, head_dim, feed_forward;
   std::int64_t num_slots, num_positions;  // of the cache

@@ -15,9 +15,10 @@ template <typename Pool>
 class BlockPhases {
  public:
   BlockPhases(Pool& pool, std::int64_t threads, const InstructionSet& set, const BlockShape& shape,
-              const BlockWeights& weights, const BlockTraits& traits, const BlockTokens& tokens)
+              const BlockWeights& weights, const BlockAdapters& adapters,
+              const BlockTraits& traits, const BlockTokens& tokens)
       : pool_(pool), threads_(threads), set_(set), shape_(shape), weights_(weights),
-        traits_(traits), tokens_(tokens) {
+        adapters_(adapters), traits_(traits), tokens_(tokens), runs_(runs_of(adapters, tokens)) {
     const std::int64_t query_width = shape.heads * shape.head_dim;
     const std::int64_t key_width = shape.kv_heads * shape.head_dim;
     const std::int64_t of_token =
@@ -47,14 +48,19 @@ class BlockPhases {
       normalize(tokens_.x, weights_.pre_attention_norm, token, normalized_);
     });
     make_heads();
+    add_adapters(adapters_.query, normalized_, query_);
+    add_adapters(adapters_.key, normalized_, key_);
+    add_adapters(adapters_.value, normalized_, value_);
     attend();
     multiply_all(weights_.attention_output, context_, sum_, weights_.gate);
+    add_adapters(adapters_.attention_output, context_, sum_);
     for_tokens([&](std::int64_t token) {
       add(tokens_.x, weights_.post_attention_norm, token);
       normalize(tokens_.y, weights_.pre_ffw_norm, token, normalized_);
     });
     make_gated();
     multiply_all(weights_.down, gate_, sum_, Matrix{});
+    add_adapters(adapters_.down, gate_, sum_);
     for_tokens([&](std::int64_t token) { add(tokens_.y, weights_.post_ffw_norm, token); });
   }
 
@@ -132,9 +138,10 @@ class BlockPhases {
     });
   }
 
-  // gelu(gate) · up, a piece of both at once.
+  // gelu(gate) · up, a piece of both at once; where adapters add to either, behind them.
   void make_gated() {
     const Matrix& matrix = weights_.gate;
+    const bool is_adapted = has_adapters(adapters_.gate) || has_adapters(adapters_.up);
     const std::int64_t outputs =
         outputs_of_piece(matrix.out_width, 2 * matrix.row_bytes(), threads_);
     const std::int64_t pieces = (matrix.out_width + outputs - 1) / outputs;
@@ -146,12 +153,80 @@ class BlockPhases {
       multiply(set_, weights_.up, normalized_, tokens_.count, up_, begin, end,
                turn.following < 0 ? opening(weights_.down, turn)
                                   : matrix.first(turn.following * outputs));
-      for (std::int64_t token = 0; token < tokens_.count; ++token) {
-        float* gated = gate_ + token * matrix.out_width;
-        set_.gate(gated + begin, up_ + token * matrix.out_width + begin, end - begin,
-                  gated + begin);
-      }
+      if (is_adapted) return;
+      for (std::int64_t token = 0; token < tokens_.count; ++token) close_gate(token, begin, end);
     });
+    if (!is_adapted) return;
+    add_adapters(adapters_.gate, normalized_, gate_);
+    add_adapters(adapters_.up, normalized_, up_);
+    share_work(pool_, threads_, tokens_.count,
+               [&](const Turn& turn) { close_gate(turn.piece, 0, matrix.out_width); });
+  }
+
+  void close_gate(std::int64_t token, std::int64_t begin, std::int64_t end) {
+    float* gated = gate_ + token * shape_.feed_forward + begin;
+    set_.gate(gated, up_ + token * shape_.feed_forward + begin, end - begin, gated);
+  }
+
+  // Consecutive tokens that use the same adapter.
+  struct Run {
+    std::int64_t first, tokens, pair;
+  };
+
+  // Enough to read matrices once for many tokens, few enough to share out.
+  static constexpr std::int64_t kTokensOfRun = 16;
+  // Numbers of matrices that are read before another thread has woken up.
+  static constexpr std::int64_t kPairsWorthSharing = 32 * 1024;
+
+  static std::vector<Run> runs_of(const BlockAdapters& adapters, const BlockTokens& tokens) {
+    std::vector<Run> runs;
+    if (adapters.slots == nullptr) return runs;
+    for (std::int64_t token = 0; token < tokens.count; ++token) {
+      const std::int64_t pair = std::int64_t{adapters.slots[token]} - 1;
+      if (pair < 0 || pair >= adapters.num_pairs) continue;
+      const bool goes_on = !runs.empty() && runs.back().pair == pair &&
+                           runs.back().first + runs.back().tokens == token &&
+                           runs.back().tokens < kTokensOfRun;
+      if (goes_on)
+        ++runs.back().tokens;
+      else
+        runs.push_back({token, 1, pair});
+    }
+    return runs;
+  }
+
+  std::int64_t rank_of(const PairBank& bank, const Run& run) const {
+    return std::clamp<std::int64_t>(bank.ranks[run.pair], 0, adapters_.most_rank);
+  }
+
+  bool has_adapters(const PairBank& bank) const {
+    return std::any_of(runs_.begin(), runs_.end(),
+                       [&](const Run& run) { return rank_of(bank, run) > 0; });
+  }
+
+  // y gains what the adapters of tokens make of x.
+  void add_adapters(const PairBank& bank, const float* x, float* y) {
+    if (runs_.empty() || !has_adapters(bank)) return;
+    std::int64_t numbers = 0;
+    for (const Run& run : runs_)
+      numbers += bank.heads * rank_of(bank, run) * (bank.in_width + bank.out_width);
+    const std::int64_t threads = numbers < kPairsWorthSharing ? 1 : threads_;
+    const std::int64_t y_width = bank.heads * bank.out_width;
+    share_work(pool_, threads, static_cast<std::int64_t>(runs_.size()) * bank.heads,
+               [&](const Turn& turn) {
+                 const Run& run = runs_[static_cast<std::size_t>(turn.piece / bank.heads)];
+                 const std::int64_t head = turn.piece % bank.heads, rank = rank_of(bank, run);
+                 if (rank == 0) return;
+                 thread_local std::vector<float> low;
+                 low.resize(static_cast<std::size_t>(run.tokens * rank));
+                 const std::int64_t matrix =
+                     (run.pair * bank.heads + head) * adapters_.most_rank;
+                 set_.add_low_rank({x + run.first * bank.in_width,
+                                    bank.a + matrix * bank.in_width,
+                                    bank.b + matrix * bank.out_width,
+                                    y + run.first * y_width + head * bank.out_width, low.data(),
+                                    run.tokens, rank, bank.in_width, bank.out_width, y_width});
+               });
   }
 
   bool has_slot(std::int64_t token) const {
@@ -273,8 +348,10 @@ class BlockPhases {
   const InstructionSet& set_;
   const BlockShape& shape_;
   const BlockWeights& weights_;
+  const BlockAdapters& adapters_;
   const BlockTraits& traits_;
   const BlockTokens& tokens_;
+  const std::vector<Run> runs_;
   float *normalized_, *query_, *key_, *value_, *context_, *sum_, *gate_, *up_;
 };
 

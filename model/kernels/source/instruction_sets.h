@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "low_rank.h"
 #include "product.h"
 
 namespace gemma {
@@ -12,6 +13,7 @@ struct InstructionSet {
   void (*multiply_float32)(const Part<float>&);
   void (*multiply_bfloat16)(const Part<BFloat16>&);
   void (*attend)(const AttentionPart&);
+  void (*add_low_rank)(const LowRankPart&);
   // See row_functions.h.
   void (*normalize)(const float* x, const float* scale, std::int64_t width, float epsilon, float* y);
   void (*rotate)(const float* x, const float* cosines, const float* sines, std::int64_t half,

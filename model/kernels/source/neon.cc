@@ -88,6 +88,7 @@ inline void store_sums(const Lanes (&sums)[Rows][Outputs], float* y, std::int64_
 
 #include "tiles.h"
 
+#include "add_low_rank.h"
 #include "attend.h"
 #include "row_functions.h"
 
@@ -100,7 +101,7 @@ bool is_available() { return true; }
 }  // namespace
 const InstructionSet kNeon{"neon", is_available, neon::multiply<float>, neon::multiply<BFloat16>,
                            neon::attend,
-                             neon::normalize, neon::rotate, neon::gate};
+                             neon::add_low_rank, neon::normalize, neon::rotate, neon::gate};
 }  // namespace gemma
 
 #else
@@ -109,6 +110,6 @@ namespace {
 bool is_available() { return false; }
 }  // namespace
 const InstructionSet kNeon{"neon", is_available, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr};
+                             nullptr, nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

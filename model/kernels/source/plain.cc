@@ -76,6 +76,7 @@ constexpr int kTileRows = 1;
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+#include "add_low_rank.h"
 #include "attend.h"
 #include "row_functions.h"
 
@@ -84,6 +85,6 @@ bool is_available() { return true; }
 }  // namespace
 
 const InstructionSet kPlain{"plain", is_available, multiply<float>, multiply<BFloat16>, attend,
-                             normalize, rotate, gate};
+                             add_low_rank, normalize, rotate, gate};
 
 }  // namespace gemma
