@@ -15,14 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
+from model.attribution_questions import (
+    MAX_ATTRIBUTION_TOKENS,
+    PASS_TOKENS,
+    Attribution,
+    AttributionQuestion,
+)
+from model.attributions import Attributions
 from model.config import Family, GemmaConfig
 from model.decode import SlotStates
 from model.dispatch import DeviceDispatch, DispatchPart
 from model.engine_programs import ProgramSet, row_buckets
-from model.errors import SequenceTooLong, TokenOutOfRange, UnsupportedPreset
+from model.errors import RequestInvalid, SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma import kv_cache
 from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
+from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.kv_cache import LayerCache
 from model.ids_only import IdsOnly
 from model.kernels.library import Kernels, load_kernels
@@ -159,6 +167,7 @@ class GemmaEngine:
             is_native=kernels.is_native,
         )
         self._scores = Scores(self._config, self._weights, self._programs)
+        self._attributions = Attributions(self._config, self._weights, self._traits, self._programs)
 
     @property
     def num_compilations(self) -> int:
@@ -193,6 +202,7 @@ class GemmaEngine:
                 "decode_rows": [*self._row_buckets],
                 "search_rows": [*self._searches.row_buckets],
                 "prefill_tokens": [*CHUNK_BUCKETS],
+                "attribution_tokens": [*PASS_TOKENS],
             },
             programs=tuple(self._programs),
             has_tokenizer=self.codec.bos_id is not None,
@@ -214,6 +224,7 @@ class GemmaEngine:
             *programs.specs(),
             *self._searches.program_specs(self._states.caches),
             *self._scores.program_specs(),
+            *self._attributions.program_specs(),
         ]
         total = len(todo) + 1.0
         texts = {}
@@ -271,6 +282,7 @@ class GemmaEngine:
         self._set_caches(self._searches.warm_up(self._states.caches))
         residual = np.zeros(self._config.hidden_dim, np.float32)
         self.measure([AskedPlace(residual, (0,), num_top=1)])
+        self._attributions.warm_up()
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""
@@ -306,6 +318,11 @@ class GemmaEngine:
         for place in places:
             self._check_tokens(place.token_ids)
         return self._scores.measure(places)
+
+    def attribute(self, question: AttributionQuestion) -> Generator[bool, None, Attribution]:
+        """What log-probabilities depend on; see `model.attribution_questions`."""
+        self._check_question(question)
+        return (yield from self._attributions.attribute(question))
 
     def _run_blocks(self, chunks: Sequence[PromptChunk]) -> Generator[None, None, jax.Array]:
         """The residual stream of chunks after the last block; one layer between two values."""
@@ -436,6 +453,20 @@ class GemmaEngine:
                 f"A chunk of {num_tokens} tokens cannot start at {chunk.start}: chunks hold 1 to "
                 f"{longest} tokens, end within {context} and lie within {BLOCK_TOKENS} tokens from "
                 "a multiple of it."
+            )
+
+    def _check_question(self, question: AttributionQuestion) -> None:
+        for text in question.texts:
+            self._check_tokens([*text.token_ids, *(token_id for _, token_id in text.asked)])
+            if not 0 < text.num_read <= min(len(text.token_ids), MAX_ATTRIBUTION_TOKENS):
+                raise SequenceTooLong(
+                    f"{text.num_read} tokens cannot be read of a text of {len(text.token_ids)}; "
+                    f"attribution takes 1 to {MAX_ATTRIBUTION_TOKENS}."
+                )
+        if not EMBEDDING_LAYER <= question.layer < self._config.num_layers:
+            raise RequestInvalid(
+                f"There is no layer {question.layer}; they are {EMBEDDING_LAYER} to "
+                f"{self._config.num_layers - 1}."
             )
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:

@@ -64,6 +64,7 @@ def block(
     positions: Int[Array, "batch seq"],
     *,
     padding_mask: Bool[Array, "batch seq"] | None = None,
+    sequences: Int[Array, "batch seq"] | None = None,
     rows: SlotRows | PackedPrompts | SlotTokens | None = None,
     adapters: Mapping[str, AdapterTerm] | None = None,
     intervene: Intervention | None = None,
@@ -77,13 +78,16 @@ def block(
         x: Residual stream before the block.
         positions: Absolute position of each token in its own sequence.
         padding_mask: Without a cache: False marks tokens that no other token may see.
+        sequences: Without a cache, in its place: several sequences lie in a row, and each token
+            sees its own (`masks.visible_apart`).
         rows: With a cache: where each row's keys and values stand. Attention then covers all that
-            the slot holds up to the query, and ``padding_mask`` must be None. `SlotTokens` are
+            the slot holds up to the query, and the two above must be None. `SlotTokens` are
             computed by the native kernel.
         adapters: Field of `BlockWeights` -> low-rank term of that projection.
         intervene: Applied to the residual stream after the block.
     """
-    assert (padding_mask is None) != (rows is None), "a block needs a padding mask or slots"
+    given = (padding_mask, sequences, rows)
+    assert sum(each is not None for each in given) == 1, "a block needs one of them"
     adapters = adapters or {}
     if isinstance(rows, SlotTokens):
         assert not adapters, "the native kernel has no adapters"
@@ -95,8 +99,11 @@ def block(
     query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
     new_cache = None
     if rows is None:
-        assert padding_mask is not None
-        mask = masks.visible_unpadded(positions, padding_mask, traits.window_tokens)
+        if sequences is not None:
+            mask = masks.visible_apart(positions, sequences, traits.window_tokens)
+        else:
+            assert padding_mask is not None
+            mask = masks.visible_unpadded(positions, padding_mask, traits.window_tokens)
         context = attend(query, key, value, mask, logit_cap=config.attention_soft_cap)
     elif isinstance(rows, PackedPrompts):
         context, new_cache = attend_prompts(

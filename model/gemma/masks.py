@@ -36,3 +36,16 @@ def visible_unpadded(
     sees what stands before it, and one that sees nothing gets a zero attention vector.
     """
     return visible(positions, positions, window_tokens) & padding_mask[:, None, :]
+
+
+def visible_apart(
+    positions: Int[Array, "batch seq"],
+    sequences: Int[Array, "batch seq"],
+    window_tokens: Int[Array, ""] | int,
+) -> Bool[Array, "batch seq seq"]:
+    """`visible` where several sequences lie in a row, one behind the other, each by itself.
+
+    ``sequences`` says to which of them a token belongs; the padding is one more.
+    """
+    is_own = sequences[:, :, None] == sequences[:, None, :]
+    return visible(positions, positions, window_tokens) & is_own

@@ -18,6 +18,8 @@ from service.api.clients import answer_unless_left, check_accept
 from service.api.route import StrictRoute
 from service.api.schemas import TopLogprob
 from service.api.score_schemas import (
+    Attribution,
+    AttributionRequest,
     Logits,
     ScoredTarget,
     ScoredToken,
@@ -28,6 +30,7 @@ from service.api.score_schemas import (
     ScoreTimings,
     ScoreUsage,
     Tensor,
+    TokenAttribution,
 )
 from service.api.state import ServiceState, State
 from service.errors import (
@@ -53,6 +56,8 @@ from service.errors import (
 from service.observability import ScoreMeter
 from service.protocol import messages as protocol
 from service.protocol.messages import (
+    Attribute,
+    InputAttribution,
     InputScore,
     Score,
     Scored,
@@ -162,7 +167,13 @@ def _command(body: ScoreRequest, state: ServiceState) -> Score:
         num_top=body.top,
         tells_logits="logits" in body.return_,
         priority=body.priority,
+        attribution=None if body.attribution is None else _attribute(body.attribution),
     )
+
+
+def _attribute(asked: AttributionRequest) -> Attribute:
+    target = asked.target if asked.of == "target_logprob" else None
+    return Attribute(asked.layer, target, asked.num_steps, asked.reduce)
 
 
 def _input(given: ScoreInput) -> ScoredText | ScoredContext | ScoredIds:
@@ -192,6 +203,10 @@ def _response(scored: Scored, body: ScoreRequest, model: str) -> ScoreResponse:
     if "logits" in body.return_:
         [found], [result] = scored.inputs, results
         result.logits = _logits(found)
+    if body.attribution is not None:
+        for found, result in zip(scored.inputs, results, strict=True):
+            assert found.attribution is not None, "it was asked for"
+            result.attribution = _attribution(found.attribution, body.attribution)
     num_tokens = sum(
         result.prompt_tokens
         + sum(target.num_tokens for target in result.targets if given.context is not None)
@@ -243,6 +258,26 @@ def _logits(found: InputScore) -> Logits:
     shape = [len(positions), len(found.logits) // (4 * len(positions))]
     text = base64.b64encode(found.logits).decode("ascii")
     return Logits(positions=positions, tensor=Tensor(b64=text, dtype="float32", shape=shape))
+
+
+def _attribution(found: InputAttribution, asked: AttributionRequest) -> Attribution:
+    scores, tensor = None, None
+    if asked.reduce == "none":
+        shape = [found.num_tokens, len(found.tensor) // (4 * found.num_tokens)]
+        text = base64.b64encode(found.tensor).decode("ascii")
+        tensor = Tensor(b64=text, dtype="float32", shape=shape)
+    else:
+        scores = [
+            TokenAttribution(position=position, id=each.id, token=each.token, score=each.score)
+            for position, each in enumerate(found.tokens)
+        ]
+    return Attribution(
+        of=asked.of,
+        layer=asked.layer,
+        scores=scores,
+        tensor=tensor,
+        completeness_error=found.completeness_error,
+    )
 
 
 def _log_sum(logprobs: Sequence[float]) -> float:

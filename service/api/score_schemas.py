@@ -20,6 +20,13 @@ MAX_TARGETS = 64
 MAX_MODELS = 4
 MAX_TOP = 20
 MAX_LOGIT_PLACES = 16
+# As in `model.attribution_questions` and `service.worker.attribution_jobs`; a test compares.
+MAX_ATTRIBUTION_TOKENS = 512
+MAX_ATTRIBUTION_STEPS = 64
+MAX_ATTRIBUTION_WORK = 32_768
+MAX_ATTRIBUTION_BYTES = 8 * 1024 * 1024
+# More than any model has; the worker knows how many there are.
+_MAX_LAYERS = 1024
 _MAX_NAME = 128
 _TOKEN_FIELDS = ("tokens", "top")
 
@@ -131,6 +138,57 @@ class ScoreInput(_Model):
             raise _refusal(("target_mask",), "should have a 1")
 
 
+class AttributionRequest(_Model):
+    """Which log-probabilities are traced back to the tokens of their text, and how."""
+
+    method: Literal["gradient", "integrated_gradients"] = Field(
+        description="`gradient`: the derivative at the text. `integrated_gradients`: summed along "
+        "the line from (almost) zero to what the model sees, so that all numbers together are what "
+        "the log-probability changes on the way."
+    )
+    of: Literal["target_logprob", "loss_sum"] = Field(
+        description="The log-probability of one target of each input, or the negative sum of "
+        "those of all of them. With several targets a sum is told for the tokens of the context "
+        "that all of them share."
+    )
+    target: int = Field(
+        0, ge=0, lt=MAX_TARGETS, description="Which target of each input, with `target_logprob`."
+    )
+    layer: int = Field(
+        -1,
+        ge=-1,
+        lt=_MAX_LAYERS,
+        description="−1: the embeddings before they are scaled; n: the residual stream behind "
+        "block n.",
+    )
+    reduce: Literal["none", "dot_input", "l2"] = Field(
+        "dot_input",
+        description="`none`: all numbers of each token, as a tensor. `dot_input`: one for each "
+        "token, the gradient times what it is a derivative by, or the sum of its integrated "
+        "gradients; positive pushes what `of` names up. `l2`: their norm.",
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_ATTRIBUTION_STEPS)] | None = Field(
+        None,
+        description=f"Derivatives along the line, with `integrated_gradients`; null: "
+        f"{MAX_ATTRIBUTION_STEPS}. Fewer cost less, and `completeness_error` tells what they miss.",
+    )
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> "AttributionRequest":
+        if self.method == "gradient" and self.steps is not None:
+            raise _refusal(("steps",), "should be left out: it belongs to integrated_gradients")
+        if self.of == "loss_sum" and "target" in self.model_fields_set:
+            raise _refusal(("target",), "should be left out: it belongs to target_logprob")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Of integrated gradients; 0 for the gradient."""
+        if self.method == "gradient":
+            return 0
+        return MAX_ATTRIBUTION_STEPS if self.steps is None else self.steps
+
+
 class ScoreRequest(_Model):
     """Inputs, and what is to be told of their targets."""
 
@@ -154,6 +212,12 @@ class ScoreRequest(_Model):
     )
     top: int = Field(
         0, ge=0, le=MAX_TOP, description="Alternatives of each token that is told, best first."
+    )
+    attribution: AttributionRequest | None = Field(
+        None,
+        description=f"Traces log-probabilities back to tokens, for texts of at most "
+        f"{MAX_ATTRIBUTION_TOKENS} tokens; all of them, once for each step, may have "
+        f"{MAX_ATTRIBUTION_WORK} tokens.",
     )
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
         None,
@@ -232,14 +296,36 @@ class Logits(_Model):
     tensor: Tensor = Field(description="[positions, vocabulary].")
 
 
+class TokenAttribution(_Model):
+    position: int
+    id: int
+    token: str
+    score: float
+
+
+class Attribution(_Model):
+    """What the tokens of a text have to do with the log-probability that `of` names."""
+
+    of: Literal["target_logprob", "loss_sum"]
+    layer: int
+    scores: list[TokenAttribution] | None = Field(description="Null if `reduce` is `none`.")
+    tensor: Tensor | None = Field(description="[tokens, width], if `reduce` is `none`.")
+    completeness_error: float | None = Field(
+        description="Of integrated gradients: |sum over all tokens − (f(x) − f(0))| / "
+        "|f(x) − f(0)|, where f(0) is taken at 2⁻¹⁰ of x, as norms have no value at zero that "
+        "those beside it come near to."
+    )
+
+
 class ScoreResult(_Model):
-    """One input. `logits` stand here only if `return` names them."""
+    """One input. `logits` and `attribution` stand here only if they were asked for."""
 
     input_index: int
     model: str = Field(description="The model as resolved, with its version.")
     prompt_tokens: int = Field(description="Tokens of the context, or of the whole text.")
     targets: list[ScoredTarget]
     logits: Logits | None = None
+    attribution: Attribution | None = None
 
 
 class ScoreUsage(_Model):

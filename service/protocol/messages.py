@@ -171,6 +171,22 @@ class ScoredIds(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tru
     mask: tuple[bool, ...] | None
 
 
+class Attribute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which log-probabilities of each input are traced back, and to what.
+
+    Attributes:
+        layer: −1 for the embeddings, or the block behind which the residual stream stands.
+        target: Of each input; None for the summed loss of all of them.
+        num_steps: Of integrated gradients; 0 for the gradient.
+        reduction: What is told of a token: all numbers, a product with the stream, or the norm.
+    """
+
+    layer: int
+    target: int | None
+    num_steps: int
+    reduction: Literal["none", "dot_input", "l2"]
+
+
 class Score(Message, frozen=True):
     """Admit one request for log-probabilities of given tokens.
 
@@ -184,6 +200,7 @@ class Score(Message, frozen=True):
         num_top: Alternatives of each token that is told.
         tells_logits: Whether all logits are told behind which a token of the one target stands.
         priority: Higher ones are read first.
+        attribution: What log-probabilities are traced back to, if they are to be.
     """
 
     request_id: str
@@ -195,6 +212,7 @@ class Score(Message, frozen=True):
     num_top: int = 0
     tells_logits: bool = False
     priority: int = 0
+    attribution: Attribute | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -367,6 +385,30 @@ class TargetScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: tuple[TokenScore, ...]
 
 
+class TokenAttribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A token of a text, by its place there, and what was traced back to it."""
+
+    id: int
+    token: str
+    score: float
+
+
+class InputAttribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an input's log-probabilities were traced back to.
+
+    Attributes:
+        num_tokens: Leading tokens of the text that are told.
+        tokens: One entry for each, unless all their numbers are told.
+        tensor: All numbers, token by token, if they are: float32, little-endian.
+        completeness_error: Of integrated gradients.
+    """
+
+    num_tokens: int
+    tokens: tuple[TokenAttribution, ...]
+    tensor: bytes
+    completeness_error: float | None
+
+
 class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The targets of one input, in order; ``num_prompt_tokens`` as in `Accepted`.
 
@@ -377,6 +419,7 @@ class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_prompt_tokens: int
     targets: tuple[TargetScore, ...]
     logits: bytes = b""
+    attribution: InputAttribution | None = None
 
 
 class Scored(Message, frozen=True):

@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 
+from model.attribution_questions import AttributionEngine, AttributionEngineLoader
 from model.errors import KernelsUnavailable, ModelError, PresetError, SelfTestFailed
-from model.score_slots import ScoreEngine, ScoreEngineLoader
 from service.logs import log_to_stderr
 from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
@@ -59,7 +59,7 @@ class Worker:
         self._status = LoopStatus()
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._admission: Admission | None = None
-        self._engine: ScoreEngine | None = None
+        self._engine: AttributionEngine | None = None
         self._last_progress: tuple[str, float] = ("", 0.0)
 
     def run(self) -> int:
@@ -96,9 +96,9 @@ class Worker:
             raise ProtocolError("The first command must be Load.")
         return commands[0]
 
-    def _load(self, load: Load) -> ScoreEngine:
+    def _load(self, load: Load) -> AttributionEngine:
         module, _, function = load.engine.partition(":")
-        loader: ScoreEngineLoader = getattr(importlib.import_module(module), function)
+        loader: AttributionEngineLoader = getattr(importlib.import_module(module), function)
         return loader(translate.engine_options(load), self._progress)
 
     def _progress(self, phase: str, done: float, total: float) -> None:

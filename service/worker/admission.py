@@ -22,6 +22,7 @@ from service.protocol.messages import (
     Score,
     StopRules,
 )
+from service.worker.attribution_jobs import attribution_questions
 from service.worker.completion import Completion
 from service.worker.drain_rate import DrainRate
 from service.worker.prefix_keys import PrefixKeys
@@ -180,10 +181,12 @@ class Admission:
         """
         try:
             inputs = self._score_inputs.plan(command)
+            questions = attribution_questions(command, inputs, self._info)
         except InvalidInput as error:
             raise _refusal(command, error.code, error.detail, error.pointer) from None
-        request = ScoreRequest(command, inputs, self._codec, time.monotonic())
+        request = ScoreRequest(command, inputs, questions, self._codec, time.monotonic())
         tokens = {each.key.output: each.cost_tokens for each in request.passages}
+        tokens |= {each.key.output: each.cost_tokens for each in request.attributions}
         if sum(tokens.values()) > self._max_tokens:
             detail = (
                 f"{sum(tokens.values())} tokens are to be read, more than the {self._max_tokens} "

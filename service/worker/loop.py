@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from model.score_slots import ScoreEngine
+from model.attribution_questions import AttributionEngine
 from model.slots import Dispatch, PromptChunk, SampledToken
 from service.protocol.messages import (
     Cancel,
@@ -103,7 +103,7 @@ class Loop:
 
     def __init__(
         self,
-        engine: ScoreEngine,
+        engine: AttributionEngine,
         admission: Admission,
         arrivals: "queue.SimpleQueue[Arrival]",
         send: Callable[[list[Event]], None],

@@ -3,6 +3,8 @@
 A part is some layers of a chunk, or the head over places that were read. Places wait for the head
 until they fill it, or nothing else is to be read, or two chunks have been read since; so a score of
 a few tokens shares it with others, and waits for none of them long.
+
+Attributions (`service.worker.attribution_desk`) and all of this take turns.
 """
 
 import time
@@ -10,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
+from model.attribution_questions import AttributionEngine
 from model.score_slots import (
     HEAD_PAIRS,
     HEAD_ROWS,
@@ -18,10 +21,11 @@ from model.score_slots import (
     PlaceScore,
     Residual,
     ScoreChunk,
-    ScoreEngine,
 )
 from service.protocol.messages import Event, Failed
 from service.worker.admission import Admission
+from service.worker.attribution_desk import AttributionDesk
+from service.worker.attribution_jobs import AttributionJob
 from service.worker.paused_prefill import run_until
 from service.worker.scheduler import PrefillLimits
 from service.worker.score_line import Asked, Reading, ScoreLine
@@ -53,7 +57,7 @@ class ScoreDesk:
 
     def __init__(
         self,
-        engine: ScoreEngine,
+        engine: AttributionEngine,
         admission: Admission,
         work: WorkDone,
         clock: Callable[[], float] = time.monotonic,
@@ -71,6 +75,8 @@ class ScoreDesk:
         self._layers: Iterator[None] = iter(())
         self._residuals: list[Residual] = []
         self._num_chunks = 0
+        self._attributions = AttributionDesk(engine, admission, work, clock)
+        self._was_attribution_turn = True
 
     @property
     def has_work(self) -> bool:
@@ -85,6 +91,7 @@ class ScoreDesk:
         """Lets a request wait for its turn."""
         self._requests[request.request_id] = request
         self._line.submit(request.passages)
+        self._attributions.submit(request.attributions)
 
     def cancel(self, request_id: str) -> list[Event]:
         """Ends a request, if it is one of scores that goes on."""
@@ -101,6 +108,11 @@ class ScoreDesk:
 
     def step(self, until: float) -> list[Event]:
         """One part of the work, up to about ``until`` (monotonic seconds); how requests ended."""
+        has_texts = bool(self._places) or self._reading is not None or self._line.has_work
+        is_turn = not (has_texts and self._was_attribution_turn)
+        self._was_attribution_turn = self._attributions.has_work and is_turn
+        if self._was_attribution_turn:
+            return self._end_attribution(self._attributions.step(until))
         if self._is_head_due():
             return self._measure()
         if self._reading is None:
@@ -171,16 +183,29 @@ class ScoreDesk:
                 events += self._take(place, question, answer)
         return events
 
+    def _end_attribution(self, job: AttributionJob | None) -> list[Event]:
+        if job is None:
+            return []
+        assert job.answer is not None, "it has ended"
+        request = self._requests[job.key.request_id]
+        return self._go_on(request, is_finite=job.answer.is_finite)
+
     def _take(self, place: _Place, question: AskedPlace, answer: PlaceScore) -> list[Event]:
         request = place.request
         if not answer.is_finite:
-            detail = "The model produced a value that is not a number."
-            return [self._fail(request, "numerical", detail)]
+            return self._go_on(request, is_finite=False)
         numbers = dict(
             zip(question.token_ids, zip(answer.logprobs, answer.ranks, strict=True), strict=True)
         )
         for token in place.asked.tokens:
             request.take(token, *numbers[token.token_id], answer)
+        return self._go_on(request, is_finite=True)
+
+    def _go_on(self, request: ScoreRequest, *, is_finite: bool) -> list[Event]:
+        """How a request ended, if something that was found for it ends it."""
+        if not is_finite:
+            detail = "The model produced a value that is not a number."
+            return [self._fail(request, "numerical", detail)]
         if not request.is_done:
             return []
         self._forget(request)
@@ -196,6 +221,9 @@ class ScoreDesk:
         for passage in request.passages:
             self._line.remove(passage)
             self._admission.started(passage.key)
+        for job in request.attributions:
+            self._attributions.remove(job)
+            self._admission.started(job.key)
         self._places = deque(place for place in self._places if place.request is not request)
         if not self._requests:
             # Nobody is left who would want what is being read.

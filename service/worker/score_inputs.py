@@ -36,11 +36,12 @@ class InvalidInput(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PlannedTarget:
-    """Token ids of a target, and their positions in its text."""
+    """Token ids of a target, their positions in its text, and all ids of that."""
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     num_bytes: int
+    text_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class ScoreInputs:
             raise InvalidInput("invalid_field", "The text has no token to score.", pointer)
         self._check_length(len(token_ids), pointer)
         positions = tuple(range(1, len(token_ids)))
-        target = PlannedTarget(token_ids[1:], positions, len(text.encode()))
+        target = PlannedTarget(token_ids[1:], positions, len(text.encode()), token_ids)
         return self._whole(index, token_ids, target)
 
     def _plan_ids(self, index: int, given: ScoredIds, pointer: str) -> PlannedInput:
@@ -132,7 +133,7 @@ class ScoreInputs:
         if not ids:
             raise InvalidInput("invalid_field", "No token is to be scored.", pointer)
         num_bytes = sum(len(self._codec.piece_bytes(token_id)) for token_id in ids)
-        return self._whole(index, token_ids, PlannedTarget(ids, positions, num_bytes))
+        return self._whole(index, token_ids, PlannedTarget(ids, positions, num_bytes, token_ids))
 
     def _whole(self, index: int, token_ids: Sequence[int], target: PlannedTarget) -> PlannedInput:
         """One passage, read up to the last place behind which something is asked."""
@@ -156,7 +157,7 @@ class ScoreInputs:
                 detail = "The target has no token of its own behind the context."
                 raise InvalidInput("invalid_field", detail, place)
             positions = tuple(range(len(context), len(joined)))
-            targets.append(PlannedTarget(token_ids, positions, len(text.encode())))
+            targets.append(PlannedTarget(token_ids, positions, len(text.encode()), joined))
             if len(token_ids) - 1 > self._info.chunk_tokens:
                 passages.append(self._passage(index, before, targets, [number]))
             else:

@@ -1,18 +1,23 @@
 """One request of scores on its way: what it asked, and what was found so far."""
 
+import struct
 from collections.abc import Sequence
 
+from model.attribution_questions import AttributionQuestion
 from model.score_slots import PlaceScore
 from model.slots import TextCodec
 from service.protocol.messages import (
+    InputAttribution,
     InputScore,
     Score,
     Scored,
     TargetScore,
     Timings,
+    TokenAttribution,
     TokenLogprob,
     TokenScore,
 )
+from service.worker.attribution_jobs import AttributionJob
 from service.worker.scheduler import RowKey
 from service.worker.score_inputs import PlannedInput, PlannedTarget
 from service.worker.score_line import Passage, TargetToken
@@ -25,12 +30,18 @@ class ScoreRequest:
     Args:
         command: What was asked.
         inputs: Its inputs, planned.
+        questions: Of attribution, one for each input, or none.
         codec: Of the engine.
         admitted_at: Monotonic seconds.
     """
 
     def __init__(
-        self, command: Score, inputs: Sequence[PlannedInput], codec: TextCodec, admitted_at: float
+        self,
+        command: Score,
+        inputs: Sequence[PlannedInput],
+        questions: Sequence[AttributionQuestion],
+        codec: TextCodec,
+        admitted_at: float,
     ) -> None:
         self.request_id = command.request_id
         self.deadline = command.deadline
@@ -41,6 +52,12 @@ class ScoreRequest:
         self.passages = [
             Passage(RowKey(command.request_id, number), each, command.tenant, command.priority)
             for number, each in enumerate(pieces)
+        ]
+        self.attributions = [
+            AttributionJob(
+                RowKey(command.request_id, number), each, command.tenant, command.priority
+            )
+            for number, each in enumerate(questions, start=len(self.passages))
         ]
         self._inputs = inputs
         self._codec = codec
@@ -54,7 +71,7 @@ class ScoreRequest:
     @property
     def is_done(self) -> bool:
         """Whether everything that it asked is known."""
-        return self._num_missing == 0
+        return self._num_missing == 0 and all(each.answer for each in self.attributions)
 
     def take(self, asked: TargetToken, logprob: float, rank: int, place: PlaceScore) -> None:
         """What was found for one token, and at its place."""
@@ -82,6 +99,7 @@ class ScoreRequest:
                     for number, target in enumerate(given.targets)
                 ),
                 b"".join(self._logits[place] for place in sorted(self._logits)),
+                self._attribution(self.attributions[index]) if self.attributions else None,
             )
             for index, given in enumerate(self._inputs)
         )
@@ -104,6 +122,20 @@ class ScoreRequest:
             num_bytes=target.num_bytes,
             tokens=tokens if self._tells_tokens else (),
         )
+
+    def _attribution(self, job: AttributionJob) -> InputAttribution:
+        question, answer = job.question, job.answer
+        assert answer is not None, "it is done"
+        count, error = question.num_told, answer.completeness_error
+        if question.reduction == "none":
+            return InputAttribution(count, (), answer.numbers, error)
+        scores = struct.unpack(f"<{count}f", answer.numbers)
+        token_ids = question.texts[0].token_ids[:count]
+        tokens = tuple(
+            TokenAttribution(token_id, self._codec.piece(token_id), score)
+            for token_id, score in zip(token_ids, scores, strict=True)
+        )
+        return InputAttribution(count, tokens, b"", error)
 
     def _token(self, token_id: int, logprob: float, *, is_told: bool) -> TokenLogprob:
         if not is_told:

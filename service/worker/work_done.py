@@ -41,6 +41,11 @@ class WorkDone:
         self._score += num_tokens
         self._score_padding += _missing(num_tokens, self._chunk_buckets)
 
+    def note_attribution(self, num_tokens: int, num_padding: int) -> None:
+        """A text that is attributed, each of the times that it goes through the model."""
+        self._score += num_tokens
+        self._score_padding += num_padding
+
     def note_decode(self, num_rows: int, num_steps: int) -> None:
         """A dispatch; rows that end before its last step count as padding nowhere."""
         largest = max(self._row_buckets, default=num_rows)

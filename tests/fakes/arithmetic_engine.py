@@ -29,6 +29,7 @@ from model.slots import (
     PromptChunk,
     SampledToken,
 )
+from tests.fakes.arithmetic_attributions import NUM_LAYERS, WIDTH, ArithmeticAttributions
 from tests.fakes.arithmetic_scores import ArithmeticScores
 from tests.fakes.arithmetic_search import ArithmeticSearches
 
@@ -59,7 +60,7 @@ class NumberCodec:
         return b"" if token_id in (BOS_ID, EOS_ID) else self.piece(token_id).encode()
 
 
-class ArithmeticEngine(ArithmeticSearches, ArithmeticScores):
+class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributions):
     """See the module."""
 
     codec = NumberCodec()
@@ -92,8 +93,8 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores):
             context_tokens=self._options.context_tokens,
             num_slots=self._options.num_slots,
             vocabulary_size=VOCABULARY_SIZE,
-            num_layers=0,
-            hidden_dim=0,
+            num_layers=NUM_LAYERS,
+            hidden_dim=WIDTH,
             chunk_tokens=CHUNK_TOKENS,
             packed_tokens=CHUNK_TOKENS,
             packed_prompts=2,

@@ -1,0 +1,234 @@
+"""Copies of a text through the blocks, the head, and back: what attribution computes.
+
+The copies of a pass lie one behind the other in one row, and each may enter a layer with another
+residual stream. Only what entered each block is kept, until the pass is over. Programs
+``block_forward[tokens]``, ``block_backward[tokens]`` and ``score_gradient`` are for this; that of
+the head is that of scores.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Float64, Int
+
+from model.attribution_questions import PASS_TOKENS, AttributedText, Pass, passes
+from model.block_gradient import SequenceRows, block_backward, block_forward
+from model.config import GemmaConfig
+from model.gemma.block import LayerTraits
+from model.gemma.forward import EMBEDDING_LAYER
+from model.gemma.weights import GemmaWeights
+from model.head_gradient import score_gradient
+from model.prefill import CHUNK_BUCKETS
+from model.programs import ProgramSpec
+from model.score_head import AskedRows, HeadOutputs
+from model.score_slots import HEAD_PAIRS, HEAD_ROWS
+
+Stream = Float32[np.ndarray, "tokens width"]
+Streams = Float32[np.ndarray, "rows tokens width"]
+
+# Which tokens of a pass are none of any copy.
+_PADDING = -1
+
+
+class NotFinite(Exception):
+    """The logits behind a place that is asked about hold NaN or infinity."""
+
+
+class PassResult(NamedTuple):
+    """What a pass found for each copy.
+
+    Attributes:
+        logprobs: The sum of those that were asked for.
+        by_stream: Its derivative by the stream that entered; None if it was not wanted.
+    """
+
+    logprobs: Float64[np.ndarray, " rows"]
+    by_stream: Streams | None
+
+
+class AttributionPasses:
+    """Passes on one engine.
+
+    Args:
+        config: Of the model.
+        weights: Of the model.
+        traits: Of the layers.
+        programs: Of the engine, filled by it.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        weights: GemmaWeights,
+        traits: Sequence[LayerTraits],
+        programs: dict[str, Callable[..., Any]],
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._traits = traits
+        self._programs = programs
+
+    def program_specs(self) -> list[ProgramSpec]:
+        """What is to be compiled."""
+        specs = []
+        for size in PASS_TOKENS:
+            ids: Any = jax.ShapeDtypeStruct((1, size), jnp.int32)
+            x = _floats(1, size, self._config.hidden_dim)
+            given = (self._weights.blocks[0], self._traits[0], x, SequenceRows(ids, ids))
+            forward = partial(block_forward, self._config)
+            backward = partial(block_backward, self._config)
+            specs.append(ProgramSpec(f"block_forward[{size}]", forward, given))
+            specs.append(ProgramSpec(f"block_backward[{size}]", backward, (*given, x), (4,)))
+        arguments = (
+            self._weights,
+            _floats(HEAD_ROWS, self._config.hidden_dim),
+            _floats(HEAD_ROWS, self._config.vocabulary_size),
+            jax.ShapeDtypeStruct((HEAD_ROWS,), jnp.int32),
+            _floats(HEAD_ROWS),
+        )
+        gradient = partial(score_gradient, self._config)
+        return [*specs, ProgramSpec("score_gradient", gradient, arguments)]
+
+    def warm_up(self) -> None:
+        """One pass of each length."""
+        for size in PASS_TOKENS:
+            text = AttributedText((0,), ((0, 0),))
+            x = np.zeros((1, 1, self._config.hidden_dim), np.float32)
+            for _ in self.run(text, x, Pass(size, 1), EMBEDDING_LAYER, wants_derivative=True):
+                pass
+
+    def stream_at(self, token_ids: Sequence[int], layer: int) -> Generator[bool, None, Stream]:
+        """The residual stream of a text after a block, or at −1 the embeddings after scaling."""
+        embedded = self._embedded(token_ids)
+        [size] = passes(len(token_ids), 1)
+        rows = _rows(len(token_ids), size)
+        x, _ = yield from self._up(_packed(embedded[None], size), rows, 0, layer + 1)
+        return np.asarray(x)[0, : len(token_ids)]
+
+    def run(
+        self,
+        text: AttributedText,
+        streams: Streams,
+        size: Pass,
+        layer: int,
+        *,
+        wants_derivative: bool,
+    ) -> Generator[bool, None, PassResult]:
+        """One pass of copies that leave ``layer`` with ``streams``; yields after each part.
+
+        Raises:
+            NotFinite: Nothing can be told.
+        """
+        rows = _rows(text.num_read, size)
+        up = self._up(_packed(streams, size), rows, layer + 1, self._config.num_layers)
+        x, before = yield from up
+        logprobs, by_x = yield from self._head(
+            text, np.asarray(x)[0], size, wants_derivative=wants_derivative
+        )
+        if by_x is None:
+            return PassResult(logprobs, None)
+        derivative = yield from self._down(jnp.asarray(by_x[None]), before, rows, layer + 1)
+        num_tokens = size.num_rows * text.num_read
+        return PassResult(logprobs, np.asarray(derivative)[0, :num_tokens].reshape(streams.shape))
+
+    def _embedded(self, token_ids: Sequence[int]) -> Stream:
+        """By the programs of prefill."""
+        found = []
+        for first in range(0, len(token_ids), CHUNK_BUCKETS[-1]):
+            chunk = token_ids[first : first + CHUNK_BUCKETS[-1]]
+            bucket = next(size for size in CHUNK_BUCKETS if size >= len(chunk))
+            ids = np.zeros((1, bucket), np.int32)
+            ids[0, : len(chunk)] = chunk
+            x = self._programs[f"embed[{bucket}]"](self._weights.embeddings, ids)
+            found.append(np.asarray(x)[0, : len(chunk)])
+        return np.concatenate(found)
+
+    def _up(
+        self, x: jax.Array, rows: SequenceRows, first: int, end: int
+    ) -> Generator[bool, None, tuple[jax.Array, list[jax.Array]]]:
+        """The stream after the blocks from ``first`` to before ``end``, and what entered each."""
+        program = self._programs[f"block_forward[{x.shape[1]}]"]
+        before = []
+        for layer in range(first, end):
+            before.append(x)
+            x = program(self._weights.blocks[layer], self._traits[layer], x, rows)
+            # Whoever pauses here does so by the clock.
+            x.block_until_ready()
+            yield False
+        return x, before
+
+    def _down(
+        self, derivative: jax.Array, before: list[jax.Array], rows: SequenceRows, first: int
+    ) -> Generator[bool, None, jax.Array]:
+        """The derivative by what entered block ``first``; lets go of the streams on the way."""
+        program = self._programs[f"block_backward[{derivative.shape[1]}]"]
+        while before:
+            layer, x = first + len(before) - 1, before.pop()
+            weights, traits = self._weights.blocks[layer], self._traits[layer]
+            derivative = program(weights, traits, x, rows, derivative)
+            derivative.block_until_ready()
+            yield False
+        return derivative
+
+    def _head(
+        self, text: AttributedText, x: Stream, size: Pass, *, wants_derivative: bool
+    ) -> Generator[bool, None, tuple[Float64[np.ndarray, " rows"], Stream | None]]:
+        """Log-probabilities of each copy, and the derivative of them all, some places at a time."""
+        asked = [(row, *each) for row in range(size.num_rows) for each in text.asked]
+        logprobs = np.zeros(size.num_rows)
+        by_x = np.zeros_like(x) if wants_derivative else None
+        for first in range(0, len(asked), HEAD_ROWS):
+            own = asked[first : first + HEAD_ROWS]
+            places = [row * text.num_read + place for row, place, _ in own]
+            token_ids = np.zeros(HEAD_ROWS, np.int32)
+            token_ids[: len(own)] = [token_id for *_, token_id in own]
+            at_places = np.zeros((HEAD_ROWS, x.shape[1]), np.float32)
+            at_places[: len(own)] = x[places]
+            found: HeadOutputs = self._programs["score"](
+                self._weights, at_places, _asked_rows(token_ids, len(own))
+            )
+            if not np.asarray(found.is_finite)[: len(own)].all():
+                raise NotFinite
+            np.add.at(logprobs, [row for row, *_ in own], np.asarray(found.logprobs)[: len(own)])
+            yield False
+            if by_x is not None:
+                amounts = (np.arange(HEAD_ROWS) < len(own)).astype(np.float32)
+                by_places = self._programs["score_gradient"](
+                    self._weights, at_places, found.logits, token_ids, amounts
+                )
+                np.add.at(by_x, places, np.asarray(by_places)[: len(own)])
+                yield False
+        return logprobs, by_x
+
+
+def _packed(streams: Streams, size: Pass) -> jax.Array:
+    """One behind the other, and zeros."""
+    x = np.zeros((1, size.num_tokens, streams.shape[2]), np.float32)
+    flat = streams.reshape(-1, streams.shape[2])
+    x[0, : len(flat)] = flat
+    return jnp.asarray(x)
+
+
+def _rows(num_read: int, size: Pass) -> SequenceRows:
+    places = np.arange(size.num_tokens, dtype=np.int32)
+    is_real = places < size.num_rows * num_read
+    sequences = np.where(is_real, places // num_read, _PADDING).astype(np.int32)
+    positions = (places % num_read).astype(np.int32)
+    return SequenceRows(jnp.asarray(positions[None]), jnp.asarray(sequences[None]))
+
+
+def _asked_rows(token_ids: Int[np.ndarray, " places"], count: int) -> AskedRows:
+    """One token behind each place, and nothing else."""
+    pairs = np.zeros((2, HEAD_PAIRS), np.int32)
+    pairs[0, :count] = np.arange(count)
+    pairs[1, :count] = token_ids[:count]
+    wants_top = np.zeros(HEAD_ROWS, bool)
+    return AskedRows(np.int32(count), wants_top, np.int32(count), *pairs)  # type: ignore[arg-type]
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
