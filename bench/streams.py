@@ -1,6 +1,7 @@
 """One streamed request, and what its client saw of it."""
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import httpx
 
-from bench.event_stream import EventReader
+from service.client.event_stream import EventReader
 
 Outcome = Literal["done", "refused", "failed", "unfinished"]
 
@@ -93,10 +94,11 @@ async def follow(client: httpx.AsyncClient, ask: Ask, record: Record, clock: Clo
                 now = clock.now()
                 for event in reader.feed(piece):
                     if event.name == "token":
-                        record.arrivals.append((now, len(event.data["token_ids"])))
-                        record.token_ids += event.data["token_ids"]
+                        token_ids = json.loads(event.data)["token_ids"]
+                        record.arrivals.append((now, len(token_ids)))
+                        record.token_ids += token_ids
                     elif event.name == "done":
-                        record.cached_tokens = event.data["usage"]["cached_tokens"]
+                        record.cached_tokens = json.loads(event.data)["usage"]["cached_tokens"]
                         record.outcome = "done"
                     elif event.name == "error":
                         record.outcome = "failed"

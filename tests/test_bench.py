@@ -13,7 +13,6 @@ import pytest
 from bench import results
 from bench.benchmarks_page import PAGE, with_report
 from bench.environments import REQUIREMENTS
-from bench.event_stream import Event, EventReader
 from bench.open_loop import offer, poisson_arrivals
 from bench.padding import padding_share
 from bench.peer_process import PeerFailed, PeerProcess
@@ -105,30 +104,6 @@ def test_arrivals_are_poisson_and_the_same_for_the_same_seed():
     assert 9_600 < len(times) < 10_400
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert sum(gap > 0.01 for gap in gaps) / len(gaps) == pytest.approx(1 / math.e, abs=0.02)
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-RECORDED = (
-    'event: start\nid: 0\ndata: {"id":"gen_1","prompt_tokens":[2]}\n\n'
-    ": ping\n\n"
-    'event: token\nid: 1\ndata: {"text":" é: ","token_ids":[7,8]}\n\n'
-    "event: done\nid: 2\ndata: {}\n\n"
-).encode()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 50, len(RECORDED)])
-def test_events_are_the_same_in_whatever_pieces_they_come(size):
-    reader = EventReader()
-    pieces = [RECORDED[start : start + size] for start in range(0, len(RECORDED), size)]
-
-    events = [event for piece in pieces for event in reader.feed(piece)]
-
-    assert events == [
-        Event("start", {"id": "gen_1", "prompt_tokens": [2]}),
-        Event("token", {"text": " é: ", "token_ids": [7, 8]}),
-        Event("done", {}),
-    ]
 
 
 # --- the open loop ------------------------------------------------------------------------------

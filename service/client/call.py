@@ -1,0 +1,74 @@
+"""One request as it is sent, and the reading of its answer: all without a socket."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from service.client.errors import GemmaError, UnexpectedAnswer, error_of_response
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request.
+
+    Attributes:
+        method: GET, POST or DELETE.
+        path: Below the address of the service.
+        body: JSON, or None for no body at all.
+        accept: Media type of the answer.
+        statuses: Those whose body is the answer; any other is an error.
+        error: Makes the exception of any other, from status, headers and body.
+    """
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    body: bytes | None = None
+    accept: str = JSON
+    statuses: frozenset[int] = frozenset({200})
+    error: Callable[[int, Mapping[str, str], bytes], GemmaError] = error_of_response
+
+    def headers(self) -> dict[str, str]:
+        content = {} if self.body is None else {"Content-Type": JSON}
+        return {"Accept": self.accept, **content}
+
+
+def to_json(body: Mapping[str, Any]) -> bytes:
+    """As it is. The service judges it: what JSON lacks (NaN, half a surrogate pair) goes out too,
+    and comes back as `RequestError`.
+    """
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
+
+
+def check_names(fields: Mapping[str, Any], known: type, function: str) -> None:
+    """Raises `TypeError` for a keyword that ``known``, a typed dictionary, does not have."""
+    unknown = sorted(fields.keys() - known.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+
+
+class Answer(BaseModel):
+    """Base of all answers. A field that is newer than this client is kept, without a type."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+
+AnswerT = TypeVar("AnswerT", bound=Answer)
+
+
+def read(answer: type[AnswerT], body: bytes | str) -> AnswerT:
+    """The answer in ``body``."""
+    try:
+        return answer.model_validate_json(body)
+    except ValidationError as error:
+        # Without its input, which pydantic would show.
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "its beginning"
+        detail = f"{answer.__name__} cannot be read at {place}: {first['msg']}."
+        raise UnexpectedAnswer(f"{detail} Is this the address of a Gemma service?") from None

@@ -1,0 +1,134 @@
+"""POST /score: its fields and its answer."""
+
+import base64
+from collections.abc import Sequence
+from typing import Literal, NotRequired, TypeAlias, TypedDict
+
+from service.client.call import Answer, Call, check_names, to_json
+from service.client.tokens import TokenLogprob
+
+
+class ContextInput(TypedDict):
+    """What may follow a context."""
+
+    context: str
+    targets: Sequence[str]
+
+
+class TextInput(TypedDict):
+    """A whole text."""
+
+    text: str
+
+
+class IdsInput(TypedDict):
+    """Token ids, as they are."""
+
+    token_ids: Sequence[int]
+    target_ids: NotRequired[Sequence[int]]
+    target_mask: NotRequired[Sequence[int]]
+
+
+ScoreInput: TypeAlias = ContextInput | TextInput | IdsInput
+ScoreReturn: TypeAlias = Literal["logprob", "tokens", "top", "loss", "prob", "greedy", "logits"]
+
+
+class ScoreFields(TypedDict, total=False):
+    """What may be said beside the inputs; ``return_`` is the field ``return``."""
+
+    model: str | None
+    models: Sequence[str] | None
+    return_: Sequence[ScoreReturn]
+    top: int
+    timeout_s: float | None
+    priority: int
+
+
+class ScoredToken(TokenLogprob):
+    """A token of a target.
+
+    Attributes:
+        position: Where it stands in its text, ``<bos>`` being 0.
+        rank: How many tokens are likelier there.
+    """
+
+    position: int
+    rank: int
+
+
+class ScoredTarget(Answer):
+    """One target; what ``return_`` does not name is None."""
+
+    text: str | None
+    num_tokens: int
+    num_bytes: int
+    logprob: float | None = None
+    loss: float | None = None
+    prob: float | None = None
+    greedy: bool | None = None
+    tokens: list[ScoredToken] | None = None
+
+
+class Tensor(Answer):
+    """Numbers in base64: little-endian, row by row.
+
+    ``np.frombuffer(tensor.data, tensor.dtype).reshape(tensor.shape)`` is an array of them.
+    """
+
+    b64: str
+    dtype: str
+    shape: list[int]
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the numbers."""
+        return base64.b64decode(self.b64, validate=True)
+
+
+class Logits(Answer):
+    """All logits in front of each token of a target, [positions, vocabulary]."""
+
+    positions: list[int]
+    tensor: Tensor
+
+
+class ScoreResult(Answer):
+    """Of one input."""
+
+    input_index: int
+    model: str
+    prompt_tokens: int
+    targets: list[ScoredTarget]
+    logits: Logits | None = None
+
+
+class ScoreUsage(Answer):
+    """Tokens of contexts, their targets and whole texts."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class ScoreTimings(Answer):
+    """Seconds from arrival: to the first chunk, to the last score."""
+
+    queue_s: float
+    total_s: float
+
+
+class Scores(Answer):
+    """One result for each input, in order."""
+
+    id: str
+    model: str
+    results: list[ScoreResult]
+    usage: ScoreUsage
+    timings: ScoreTimings
+
+
+def score_call(inputs: Sequence[ScoreInput], fields: ScoreFields) -> Call:
+    """What the inputs are worth."""
+    check_names(fields, ScoreFields, "score")
+    # `return` is a word of Python's.
+    named = {name.rstrip("_"): value for name, value in fields.items()}
+    return Call("POST", "/score", to_json({"inputs": inputs, **named}))
