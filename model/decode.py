@@ -8,6 +8,8 @@ A step reads its token from the slot and writes the one it draws behind it. A ro
 by an id or at its length, goes on as a filler of the batch.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,11 +19,19 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, block
 from model.gemma.cached_attention import SlotRows
-from model.gemma.forward import embed, final_hidden, unembed
+from model.gemma.forward import (
+    EMBEDDING_LAYER,
+    embed,
+    final_hidden,
+    look_up,
+    scale_embeddings,
+    unembed,
+)
 from model.gemma.kv_cache import LayerCache
 from model.gemma.padded_rows import pad_rows, padded_again, step_rows
 from model.gemma.slot_tokens import SlotTokens
 from model.gemma.weights import GemmaWeights
+from model.interventions import DrawingInterventions, RowInterventions, intervene_rows
 from model.samplers.draw import MIN_TEMPERATURE, SamplingRows, draw
 from model.samplers.penalties import PenaltyRows, adjust, is_adjusted
 from model.samplers.selection import likeliest
@@ -87,6 +97,7 @@ def advance_rows(
     token_ids: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     slots: Int[Array, " batch"],
+    interventions: RowInterventions,
     *,
     is_native: bool,
 ) -> ModelRows:
@@ -100,7 +111,9 @@ def advance_rows(
     num_rows = len(token_ids) if is_native else step.num_padded
     slots = pad_rows(slots, num_rows, caches[0].keys.shape[0])
     positions = pad_rows(positions, num_rows)[:, None]
-    x = jax.lax.optimization_barrier(embed(weights, pad_rows(token_ids, num_rows)[:, None]))
+    change = partial(intervene_rows, changes=interventions, num_padded=step.num_padded)
+    padded_ids = pad_rows(token_ids, num_rows)[:, None]
+    x = jax.lax.optimization_barrier(_embed_rows(weights, padded_ids, interventions, change))
     new_caches = []
     for layer, cache in enumerate(caches):
         rows = (
@@ -108,7 +121,15 @@ def advance_rows(
             if is_native
             else SlotRows(cache, slots, step)
         )
-        x, new_cache = block(config, weights.blocks[layer], traits[layer], x, positions, rows=rows)
+        x, new_cache = block(
+            config,
+            weights.blocks[layer],
+            traits[layer],
+            x,
+            positions,
+            rows=rows,
+            intervene=partial(change, layer=layer),
+        )
         assert new_cache is not None
         new_caches.append(new_cache)
     if is_native:
@@ -116,6 +137,26 @@ def advance_rows(
     hidden = final_hidden(config, weights, x)
     logits = unembed(config, weights, hidden, step)[:, 0].astype(jnp.float32)
     return ModelRows(new_caches, hidden[: step.num_real, 0], logits)
+
+
+def _embed_rows(
+    weights: GemmaWeights,
+    token_ids: Int[Array, "batch 1"],
+    interventions: RowInterventions,
+    change_rows: Callable[..., Array],
+) -> Float[Array, "batch 1 width"]:
+    """The residual stream before the first block.
+
+    Scaling is in the branches: behind a condition XLA would fuse it with the first block, in a way
+    that depends on the number of rows.
+    """
+
+    def change(token_ids: Int[Array, "batch 1"]) -> Float[Array, "batch 1 width"]:
+        return scale_embeddings(change_rows(look_up(weights, token_ids), layer=EMBEDDING_LAYER))
+
+    is_any_due = jnp.any(interventions.layers[:, :, EMBEDDING_LAYER + 1])
+    embedded: Array = jax.lax.cond(is_any_due, change, partial(embed, weights), token_ids)
+    return embedded
 
 
 class _Progress(NamedTuple):
@@ -136,6 +177,7 @@ def decode_steps(
     slots: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     rules: RuleRows,
+    interventions: DrawingInterventions,
     num_steps: Int[Array, ""],
     *,
     is_native: bool,
@@ -151,6 +193,7 @@ def decode_steps(
             batch.
         positions: Of the newest token of each.
         rules: Of each row.
+        interventions: Of each row.
         num_steps: At most `MAX_STEPS`.
         is_native: Products are made by the native kernel, not by XLA (static).
 
@@ -182,6 +225,7 @@ def decode_steps(
             jnp.where(at.goes_on, slots, num_slots),
             drawn_at - 1,
             rules,
+            interventions.at(drawn_at - 1, rules.num_prompt),
             is_native=is_native,
         )
         outputs = jax.tree.map(
@@ -227,6 +271,7 @@ def _decode_step(
     slots: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     rules: RuleRows,
+    interventions: RowInterventions,
     *,
     is_native: bool,
 ) -> tuple[SlotStates, DecodeOutputs]:
@@ -235,7 +280,15 @@ def _decode_step(
     context = tokens.shape[1]
     newest = tokens.at[slots, positions].get(mode="clip")
     rows = advance_rows(
-        config, weights, traits, caches, newest, positions, slots, is_native=is_native
+        config,
+        weights,
+        traits,
+        caches,
+        newest,
+        positions,
+        slots,
+        interventions,
+        is_native=is_native,
     )
     is_past = jnp.arange(context)[None, :] <= positions[:, None]
     history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), config.vocabulary_size)

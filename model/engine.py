@@ -22,6 +22,7 @@ from model.attribution_questions import (
     AttributionQuestion,
 )
 from model.attributions import Attributions
+from model.chunk_stream import ChunkStream, ChunkStreams
 from model.config import Family, GemmaConfig
 from model.decode import SlotStates
 from model.dispatch import DeviceDispatch, DispatchPart
@@ -33,6 +34,7 @@ from model.gemma.block import layer_traits
 from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.kv_cache import LayerCache
 from model.ids_only import IdsOnly
+from model.intervention_rows import InterventionArrays
 from model.kernels.library import Kernels, load_kernels
 from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, chunk_of
 from model.prefix_store import PrefixStore
@@ -153,6 +155,7 @@ class GemmaEngine:
         )
         self._prefixes = PrefixStore(options.prefix_cache_bytes, block_bytes(self._config))
         self._rules = RuleArrays(self._config.vocabulary_size)
+        self._interventions = InterventionArrays(self._config.num_layers, self._config.hidden_dim)
         self._programs: dict[str, Callable[..., Any]] = {}
         self._self_test: SelfTest | None = None
         self._searches = Searches(
@@ -164,10 +167,12 @@ class GemmaEngine:
             context_tokens=context,
             programs=self._programs,
             copy_blocks=self._copy_blocks,
+            interventions=self._interventions,
             is_native=kernels.is_native,
         )
         self._scores = Scores(self._config, self._weights, self._programs)
         self._attributions = Attributions(self._config, self._weights, self._traits, self._programs)
+        self._streams = ChunkStreams(self._config, self._weights, self._programs)
 
     @property
     def num_compilations(self) -> int:
@@ -217,6 +222,7 @@ class GemmaEngine:
             self._traits,
             self._states,
             self._rules.fillers,
+            self._interventions.none,
             is_native=self._kernels.is_native,
             num_slots=self._options.num_slots,
         )
@@ -225,6 +231,7 @@ class GemmaEngine:
             *self._searches.program_specs(self._states.caches),
             *self._scores.program_specs(),
             *self._attributions.program_specs(),
+            *self._streams.program_specs(),
         ]
         total = len(todo) + 1.0
         texts = {}
@@ -283,6 +290,7 @@ class GemmaEngine:
         residual = np.zeros(self._config.hidden_dim, np.float32)
         self.measure([AskedPlace(residual, (0,), num_top=1)])
         self._attributions.warm_up()
+        self._streams.warm_up()
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""
@@ -301,17 +309,21 @@ class GemmaEngine:
                     f"A chunk of a prompt cannot start at {chunk.start}: it starts at a multiple "
                     f"of {BLOCK_TOKENS}."
                 )
-        x = yield from self._run_blocks(chunks)
+        x = yield from self._run_blocks(chunks, self._streams.of(chunks))
         self._searches.note_chunks(chunks, x)
 
     def read(self, chunks: Sequence[ScoreChunk]) -> Generator[None, None, list[Residual]]:
         """Reads chunks of texts; see `model.score_slots`."""
         first = self._options.num_slots
-        placed = [PromptChunk(first + each.slot, each.token_ids, each.start) for each in chunks]
+        placed = [
+            PromptChunk(first + each.slot, each.token_ids, each.start, each.touches)
+            for each in chunks
+        ]
         for chunk in placed:
             self._check_chunk(chunk, is_alone=len(chunks) == 1)
-        x = yield from self._run_blocks(placed)
-        return wanted_residuals(chunks, x)
+        stream = self._streams.of(placed, [chunk.captures for chunk in chunks])
+        x = yield from self._run_blocks(placed, stream)
+        return wanted_residuals(chunks, x, stream)
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
         """Log-probabilities behind places that were read."""
@@ -324,15 +336,19 @@ class GemmaEngine:
         self._check_question(question)
         return (yield from self._attributions.attribute(question))
 
-    def _run_blocks(self, chunks: Sequence[PromptChunk]) -> Generator[None, None, jax.Array]:
+    def _run_blocks(
+        self, chunks: Sequence[PromptChunk], stream: ChunkStream
+    ) -> Generator[None, None, jax.Array]:
         """The residual stream of chunks after the last block; one layer between two values."""
         token_ids, rows = chunk_of(chunks)
         bucket = token_ids.shape[1]
         x: jax.Array = self._programs[f"embed[{bucket}]"](self._weights.embeddings, token_ids)
+        x = stream.begin(token_ids, x)
         for layer, weights in enumerate(self._weights.blocks):
             cache = self._states.caches[layer]
             program = self._programs[f"block[{bucket},{cache.num_positions}]"]
             x, self._states.caches[layer] = program(weights, self._traits[layer], cache, x, rows)
+            x = stream.go_on(token_ids, x, layer)
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
             yield
@@ -395,6 +411,7 @@ class GemmaEngine:
             for index, row in enumerate(group):
                 slots[index], positions[index] = row.slot, row.position
             rules = self._rules.of([row.rules for row in group], bucket)
+            wanted = [row.rules.interventions for row in group]
             self._states, outputs = self._programs[f"decode[{bucket}]"](
                 self._weights,
                 self._traits,
@@ -402,6 +419,7 @@ class GemmaEngine:
                 slots,
                 positions,
                 rules,
+                self._interventions.of_drawing(wanted, bucket),
                 _number(num_steps),
             )
             parts.append(DispatchPart(group, outputs))

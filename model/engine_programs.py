@@ -7,7 +7,8 @@
 * ``copy``: blocks of one slot into another slot, all layers;
 * ``take`` and ``put``: one block of a slot, all layers, out of the caches and back.
 
-Those of searches are in `model.searches`, that of scores in `model.scores`.
+Those of searches are in `model.searches`, that of scores in `model.scores`, and that of
+interventions in chunks in `model.chunk_stream`.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from model.config import GemmaConfig
 from model.decode import RuleRows, SlotStates, decode_steps
 from model.gemma.block import LayerTraits
 from model.gemma.weights import GemmaWeights
+from model.interventions import DrawingInterventions
 from model.prefill import CHUNK_BUCKETS, ChunkRows, embed_chunk, num_packed, prefill_block
 from model.programs import ProgramSpec
 from model.slot_blocks import put_block, take_block
@@ -58,6 +60,7 @@ class ProgramSet:
         traits: Of the layers.
         states: Of the slots.
         rules_of: `RuleRows` of fillers only, for a number of rows.
+        interventions_of: `DrawingInterventions` of none, for a number of rows.
         is_native: Decode steps use the native kernels.
         num_slots: In which sequences are decoded.
     """
@@ -69,6 +72,7 @@ class ProgramSet:
         traits: list[LayerTraits],
         states: SlotStates,
         rules_of: Callable[[int], RuleRows],
+        interventions_of: Callable[[int], DrawingInterventions],
         *,
         is_native: bool,
         num_slots: int,
@@ -78,6 +82,7 @@ class ProgramSet:
         self._traits = traits
         self._states = states
         self._rules_of = rules_of
+        self._interventions_of = interventions_of
         self._is_native = is_native
         self._num_slots = num_slots
 
@@ -109,7 +114,10 @@ class ProgramSet:
         return ProgramSpec(
             f"decode[{rows}]",
             partial(decode_steps, self._config, is_native=self._is_native),
-            (*model, numbers, numbers, self._rules_of(rows), _integers()),
+            (
+                *(*model, numbers, numbers),
+                *(self._rules_of(rows), self._interventions_of(rows), _integers()),
+            ),
             donated=(2,),
         )
 

@@ -1,7 +1,7 @@
 """The part of `model.self_test` that is about scores. Two claims:
 
-* a continuation that begins inside a block leaves the same residuals alone, behind another text and
-  behind another continuation of its context;
+* a continuation that begins inside a block leaves the same residuals alone, behind another text,
+  whose own are changed, and behind another continuation of its context;
 * a place is measured to the same bits alone and in a full batch, at another place.
 """
 
@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from model.errors import SelfTestFailed
+from model.intervention_slots import Intervention, Touch
 from model.score_slots import HEAD_ROWS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.slots import MAX_LOGPROBS, EngineInfo
 
@@ -49,7 +50,8 @@ def compare_scores(subject: ScoreSubject) -> int:
     context = ScoreChunk(0, ids[:start], 0)
     one = ScoreChunk(0, ids[start:][:length], start, wanted)
     other = ScoreChunk(0, ids[start + length :][:length], start)
-    stranger = ScoreChunk(1, ids[::-1][:start], 0)
+    doubled = Touch(Intervention("scale", tuple(range(-1, info.num_layers)), 2.0), (0,))
+    stranger = ScoreChunk(1, ids[::-1][:start], 0, touches=(doubled,))
     _read(subject, [context])
     alone = _read(subject, [one])
     for company in ([stranger, one], [other, one], [context, other, one, stranger]):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from model.intervention_slots import Capture, Touch
 from model.progress import Progress
 from model.search_slots import SearchEngine
 from model.slots import EngineOptions
@@ -44,12 +45,16 @@ class ScoreChunk:
         token_ids: Of the chunk.
         start: Position of the first.
         wanted: Places in the chunk whose residuals are wanted, ascending.
+        touches: Of the request, in order.
+        captures: What is captured, after these.
     """
 
     slot: int
     token_ids: Sequence[int]
     start: int
     wanted: tuple[int, ...] = ()
+    touches: tuple[Touch, ...] = ()
+    captures: tuple[Capture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,8 @@ class ScoreEngine(SearchEngine, Protocol):
     def read(self, chunks: Sequence[ScoreChunk]) -> Generator[None, None, list[Residual]]:
         """Reads a chunk, or several of ``info.packed_tokens`` together, as `prefill` does.
 
-        Returns the residuals that are wanted, chunk by chunk.
+        Returns what is wanted, chunk by chunk: residuals, and then one
+        `model.intervention_slots.Captured` for each capture.
         """
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:

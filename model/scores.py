@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.chunk_stream import ChunkStream
 from model.config import GemmaConfig
 from model.gemma.weights import GemmaWeights
 from model.programs import ProgramSpec
 from model.score_head import AskedRows, HeadOutputs, score_rows
-from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, PlaceScore, ScoreChunk
+from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.slots import MAX_LOGPROBS
 
 
@@ -79,14 +80,20 @@ class Scores:
         return scores
 
 
-def wanted_residuals(chunks: Sequence[ScoreChunk], x: jax.Array) -> list[np.ndarray]:
-    """Those of chunks that were read together: ``x`` has them one behind the other."""
+def wanted_residuals(
+    chunks: Sequence[ScoreChunk], x: jax.Array, stream: ChunkStream
+) -> list[Residual]:
+    """Those of chunks that were read together, and what was captured of them in ``stream``.
+
+    ``x`` has the residuals one behind the other.
+    """
     on_host = np.asarray(x)[0]
-    residuals = []
+    residuals: list[Residual] = []
     offset = 0
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
         # Copies: a view would keep the whole chunk.
         residuals += [on_host[offset + place].copy() for place in chunk.wanted]
+        residuals += stream.captured(number)
         offset += len(chunk.token_ids)
     return residuals
 

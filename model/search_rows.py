@@ -17,6 +17,7 @@ from model.gemma.block import LayerTraits
 from model.gemma.kv_cache import LayerCache
 from model.gemma.padded_rows import pad_rows
 from model.gemma.weights import GemmaWeights
+from model.interventions import RowInterventions
 from model.samplers.penalties import add_biases
 from model.slots import MAX_LOGPROBS
 
@@ -52,12 +53,21 @@ def advance_padded(
     token_ids: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     slots: Int[Array, " batch"],
+    interventions: RowInterventions,
     *,
     is_native: bool,
 ) -> ModelRows:
     """`model.decode.advance_rows` with eight rows of results, whatever the number of rows."""
     rows = advance_rows(
-        config, weights, traits, caches, token_ids, positions, slots, is_native=is_native
+        config,
+        weights,
+        traits,
+        caches,
+        token_ids,
+        positions,
+        slots,
+        interventions,
+        is_native=is_native,
     )
     hidden, logits = (pad_rows(x, SEARCH_ROWS) for x in (rows.hidden, rows.logits))
     return ModelRows(rows.caches, hidden, logits)

@@ -24,6 +24,7 @@ Only the standard library is imported here, as in `model.slots`.
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from model.intervention_slots import Intervention
 from model.slots import Engine, SampledToken
 
 # Of beams, and of candidates.
@@ -38,11 +39,13 @@ class SearchRules:
         banned_ids: At most `model.slots.MAX_STOP_IDS` ids that must not come at this step.
         logit_bias: At most `model.slots.MAX_BIASES` pairs of id and bias.
         num_logprobs: None, or how many alternatives come with each token.
+        interventions: In the newest token of each row, at this step.
     """
 
     banned_ids: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
+    interventions: tuple[Intervention, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

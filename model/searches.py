@@ -24,6 +24,8 @@ from model.decode import ModelRows
 from model.gemma.block import LayerTraits
 from model.gemma.kv_cache import LayerCache
 from model.gemma.weights import GemmaWeights
+from model.intervention_rows import InterventionArrays
+from model.intervention_slots import Intervention
 from model.programs import ProgramSpec
 from model.search_rows import SEARCH_ROWS, SearchRuleArrays, advance_padded
 from model.search_slots import (
@@ -63,6 +65,7 @@ class Searches:
         context_tokens: Positions of a sequence.
         programs: Of the engine, filled by it.
         copy_blocks: Gives one slot blocks of another.
+        interventions: Makes the arrays that rows take.
         is_native: Products are made by the native kernel.
     """
 
@@ -77,6 +80,7 @@ class Searches:
         context_tokens: int,
         programs: dict[str, Callable[..., Any]],
         copy_blocks: CopyBlocks,
+        interventions: InterventionArrays,
         is_native: bool,
     ) -> None:
         self.row_buckets = search_row_buckets(num_slots)
@@ -87,6 +91,7 @@ class Searches:
         self._num_positions = -(-context_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         self._programs = programs
         self._copy_blocks = copy_blocks
+        self._interventions = interventions
         self._is_native = is_native
         # First slot of a contrastive search -> directions of the hidden states so far.
         self._directions: dict[int, jax.Array] = {}
@@ -100,7 +105,11 @@ class Searches:
             ProgramSpec(
                 f"advance[{rows}]",
                 partial(advance_padded, config, is_native=self._is_native),
-                (self._weights, self._traits, caches, *[_shaped((rows,), jnp.int32)] * 3),
+                (
+                    *(self._weights, self._traits, caches),
+                    *[_shaped((rows,), jnp.int32)] * 3,
+                    self._interventions.of_rows((), rows),
+                ),
                 donated=(2,),
             )
             for rows in self.row_buckets
@@ -184,6 +193,7 @@ class Searches:
             [0 if beam is None else beam.token_id for beam in live],
             [0 if beam is None else step.position for beam in live],
             [self._num_cache_slots if beam is None else beam.slot for beam in live],
+            step.rules.interventions,
         )
         found: BeamOutputs = jax.device_get(
             self._programs["beam"](
@@ -205,7 +215,8 @@ class Searches:
         """See `model.slots.Engine.step_candidates`."""
         slot = step.slots[0]
         positions = [step.position] * len(step.slots)
-        rows = self.advance(caches, step.token_ids, positions, step.slots)
+        interventions = step.rules.interventions
+        rows = self.advance(caches, step.token_ids, positions, step.slots, interventions)
         caches, self._directions[slot], outputs = self._programs["contrastive"](
             rows.caches,
             self._directions[slot],
@@ -236,8 +247,9 @@ class Searches:
         token_ids: Sequence[int],
         positions: Sequence[int],
         slots: Sequence[int],
+        interventions: tuple[Intervention, ...] = (),
     ) -> ModelRows:
-        """The model for 1 to 8 rows; results for eight."""
+        """The model for 1 to 8 rows of one search; results for eight."""
         bucket = next(size for size in self.row_buckets if size >= len(slots))
         rows: ModelRows = self._programs[f"advance[{bucket}]"](
             self._weights,
@@ -246,6 +258,7 @@ class Searches:
             _column(token_ids, bucket, np.int32, 0),
             _column(positions, bucket, np.int32, 0),
             _column(slots, bucket, np.int32, self._num_cache_slots),
+            self._interventions.of_rows(interventions, bucket),
         )
         return rows
 

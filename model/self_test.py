@@ -9,7 +9,7 @@ here, and two more in `model.search_self_test`:
   there, and whatever else is in the chunk: tokens, padding or other prompts;
 * a copied prompt is the prompt;
 * a step gives a row the same bits alone and in any number of rows, at any place, however long its
-  neighbours are and however they draw.
+  neighbours are, however they draw, and whatever is changed in their residual streams.
 
 What is compared is all that leaves a step: the token, the likeliest alternatives, their
 log-probabilities, and the keys and values that it wrote in every layer.
@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from model.errors import SelfTestFailed
 from model.gemma.kv_cache import LayerCache
+from model.intervention_slots import Intervention, StepIntervention
 from model.search_self_test import SearchSubject, compare_searches
 from model.slots import (
     MAX_LOGPROBS,
@@ -208,8 +209,9 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
     The last token that a slot holds is decoded, as it would be for a request.
     """
     largest = subject.info.buckets["decode_rows"][-1]
+    changes = _changes(subject.info)
     rows = [
-        _row(subject, slot, max(num_tokens - 1, 0), token_ids)
+        _row(subject, slot, max(num_tokens - 1, 0), token_ids, changes[slot % len(changes)])
         for slot, num_tokens in enumerate(num_held[:largest])
     ]
     alone = {row.slot: _step(subject, [row])[0] for row in rows}
@@ -240,7 +242,26 @@ def _compare_searches(subject: Subject, token_ids: Sequence[int], num_held: Sequ
     return compare_searches(subject, tokens, found)
 
 
-def _row(subject: Subject, slot: int, position: int, token_ids: Sequence[int]) -> DecodeRow:
+def _changes(info: EngineInfo) -> list[tuple[StepIntervention, ...]]:
+    """Rows take turns with these; two of three leave their residual streams as they are."""
+    numbers = np.arange(info.hidden_dim, dtype="<f4")
+    vector = np.cos(numbers).astype("<f4").tobytes()
+    middle = info.num_layers // 2
+    changes = (
+        Intervention("add", (-1, middle), 0.5, vector),
+        Intervention("project_out", (0,), vector=vector),
+        Intervention("scale", (info.num_layers - 1,), 0.9),
+    )
+    return [(), (), tuple(StepIntervention(each, True, True) for each in changes)]
+
+
+def _row(
+    subject: Subject,
+    slot: int,
+    position: int,
+    token_ids: Sequence[int],
+    interventions: tuple[StepIntervention, ...] = (),
+) -> DecodeRow:
     """The row that continues a slot at ``position``; half of what it holds counts as its prompt."""
     subject.begin(slot, token_ids[: position + 1])
     rules = RowRules(
@@ -248,6 +269,7 @@ def _row(subject: Subject, slot: int, position: int, token_ids: Sequence[int]) -
         num_prompt=position // 2 + 1,
         end=subject.info.context_tokens + 1,
         num_logprobs=MAX_LOGPROBS,
+        interventions=interventions,
     )
     return DecodeRow(slot, position, rules)
 

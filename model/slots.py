@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from model.intervention_slots import StepIntervention, Touch
 from model.kernels.choice import KernelChoice
 from model.progress import Progress
 
@@ -144,6 +145,7 @@ class RowRules:
         stop_ids: At most `MAX_STOP_IDS` ids that end the sequence.
         may_stop_at: First position at which one of them may be drawn; before it they are not.
         num_logprobs: None, or how many alternatives (0 to `MAX_LOGPROBS`) come with a token.
+        interventions: At most `model.intervention_slots.MAX_INTERVENTIONS`, in order.
     """
 
     sampling: Sampling
@@ -152,6 +154,7 @@ class RowRules:
     stop_ids: tuple[int, ...] = ()
     may_stop_at: int = 0
     num_logprobs: int | None = None
+    interventions: tuple[StepIntervention, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +175,15 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Consecutive tokens of a prompt; ``start`` is a multiple of ``EngineInfo.chunk_tokens``."""
+    """Consecutive tokens of a prompt; ``start`` is a multiple of ``EngineInfo.chunk_tokens``.
+
+    ``touches`` are those of the request, in order.
+    """
 
     slot: int
     token_ids: Sequence[int]
     start: int
+    touches: tuple[Touch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

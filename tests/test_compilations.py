@@ -5,8 +5,10 @@
 """
 
 import asyncio
+import base64
 import os
 import random
+import struct
 
 import httpx
 import pytest
@@ -37,6 +39,52 @@ def any_request(draw):
         body["timeout_s"] = draw.choice([0.01, 0.1, 100])
     if draw.random() < 0.3:
         body["stream"] = True
+    if draw.random() < 0.3:
+        body["interventions"] = any_interventions(draw)
+    return body
+
+
+def any_interventions(draw, positions=("all", "context", "target", "last", [0])):
+    """Of the tiny preset: 7 layers, 32 numbers wide."""
+    return [
+        {
+            "layers": draw.sample(range(-1, 7), draw.randint(1, 8)),
+            "positions": draw.choice(positions),
+            **draw.choice(
+                [
+                    {"op": "zero"},
+                    {"op": "scale", "scale": draw.uniform(-2, 2)},
+                    {"op": "add", "scale": draw.uniform(-2, 2), "vector": any_vector(draw)},
+                    {"op": "set", "vector": any_vector(draw)},
+                    {"op": "project_out", "vector": any_vector(draw)},
+                ]
+            ),
+        }
+        for _ in range(draw.randint(1, 4))
+    ]
+
+
+def any_vector(draw):
+    packed = struct.pack("<32f", *(draw.gauss(0, 1) for _ in range(32)))
+    return {"b64": base64.b64encode(packed).decode(), "dtype": "float32", "shape": [32]}
+
+
+def any_score(draw):
+    """Texts of all lengths, with and without a look inside."""
+    ids = [
+        [draw.randrange(12, 512) for _ in range(draw.choice([2, 9, 64, 65, 200, 300, 600]))]
+        for _ in range(draw.randint(1, 3))
+    ]
+    body = {"inputs": [{"token_ids": each} for each in ids]}
+    if draw.random() < 0.5:
+        body["inputs"].append({"context": "a b c", "targets": [" d", " e f g"]})
+    if draw.random() < 0.7:
+        body["interventions"] = any_interventions(draw)
+    if draw.random() < 0.7:
+        layers = draw.sample(range(-1, 7), draw.randint(1, 8))
+        dtype = draw.choice(["float16", "float32"])
+        positions = draw.choice(["all", "context", "target", "last", [1, 0]])
+        body["capture"] = [{"layers": layers, "positions": positions, "dtype": dtype}]
     return body
 
 
@@ -47,6 +95,8 @@ async def send(url, bodies, *, at_once):
 
         async def post(number, body):
             async with limit:
+                if "inputs" in body:
+                    return (await client.post("/score", json=body)).status_code
                 if number % 10:
                     return (await client.post("/generate", json=body)).status_code
                 async with client.stream("POST", "/generate", json=body) as response:
@@ -71,6 +121,8 @@ def test_f_r5_no_request_compiles_anything(logging_service):
     assert compile_lines(before), "the log shows what is compiled before the service is ready"
     draw = random.Random(20261123)
     bodies = [any_request(draw) for _ in range(NUM_REQUESTS)]
+    bodies += [any_score(draw) for _ in range(NUM_REQUESTS // 5)]
+    draw.shuffle(bodies)
     statuses = asyncio.run(send(logging_service.url, bodies, at_once=16))
     assert set(statuses) <= {200, 504}, "504 only for a time of a hundredth of a second"
     assert statuses.count(200) > NUM_REQUESTS / 2

@@ -282,6 +282,7 @@ def _command(body: GenerateRequest, state: ServiceState) -> Generate:
         echo=body.echo,
         priority=body.priority,
         search=_search(body),
+        interventions=tuple(each.command() for each in body.interventions),
     )
 
 

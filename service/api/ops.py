@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.api import schemas, score_schemas
+from service.api import intervention_schemas, schemas, score_schemas
 from service.api.schemas import Health, Info, Ready, SelfTestResult
 from service.api.state import State
 from service.errors import Loading, WorkerRestarting, error_responses
@@ -101,6 +101,11 @@ def _limits(state: State, context_tokens: int, vocabulary_size: int) -> dict[str
         "attribution_steps": score_schemas.MAX_ATTRIBUTION_STEPS,
         "attribution_work_tokens": score_schemas.MAX_ATTRIBUTION_WORK,
         "attribution_bytes": score_schemas.MAX_ATTRIBUTION_BYTES,
+        "intervention_positions": intervention_schemas.MAX_POSITIONS,
+        "intervention_scale": intervention_schemas.MAX_SCALE,
+        "captures": intervention_schemas.MAX_CAPTURES,
+        "capture_bytes": intervention_schemas.MAX_CAPTURE_BYTES,
+        "tensor_bytes": intervention_schemas.MAX_TENSOR_BYTES,
         "token_id": vocabulary_size - 1,
         "queue_requests": settings.queue_requests,
         "queue_tokens": settings.queue_tokens,

@@ -9,20 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
+
+from service.api.intervention_schemas import Interventions
+from service.api.strict_model import MAX_TOKENS, StrictModel as _Model, refusal as _refusal
 
 MAX_PROMPTS = 64
 MAX_COMPLETIONS = 64
-MAX_TOKENS = 1_048_576
 MAX_VOCABULARY = 1_048_576
 MAX_STOP_BYTES = 64
 MAX_BIASES = 300
@@ -33,18 +32,6 @@ _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _MAX_ID_DIGITS = 7
 # Far above the fields of any request: bounds the work of listing the unknown ones.
 MAX_FIELDS = 64
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-def _refusal(location: tuple[int | str, ...], detail: str) -> ValidationError:
-    """The error for one place below the value that is being validated."""
-    error = PydanticCustomError("invalid_field", "{detail}", {"detail": detail})
-    # The value itself is left out: errors never repeat input.
-    line = InitErrorDetails(type=error, loc=location, input=None)
-    return ValidationError.from_exception_data("request", [line])
 
 
 def _check_token_ids(token_ids: list[Any], location: tuple[int, ...]) -> None:
@@ -299,6 +286,11 @@ class GenerateRequest(_Model):
         "what runs is not interrupted.",
     )
     stream: bool = Field(False, description="Answer with server-sent events as tokens come.")
+    interventions: Interventions = Field(
+        default_factory=list,
+        description="Changes of the residual stream, of prompts and of what is generated, in this "
+        "order; at most 4.",
+    )
 
     @model_validator(mode="before")
     @classmethod

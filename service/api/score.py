@@ -20,6 +20,7 @@ from service.api.schemas import TopLogprob
 from service.api.score_schemas import (
     Attribution,
     AttributionRequest,
+    CapturedStream,
     Logits,
     ScoredTarget,
     ScoredToken,
@@ -168,6 +169,8 @@ def _command(body: ScoreRequest, state: ServiceState) -> Score:
         tells_logits="logits" in body.return_,
         priority=body.priority,
         attribution=None if body.attribution is None else _attribute(body.attribution),
+        interventions=tuple(each.command() for each in body.interventions),
+        captures=tuple(each.command() for each in body.capture),
     )
 
 
@@ -200,6 +203,9 @@ def _response(scored: Scored, body: ScoreRequest, model: str) -> ScoreResponse:
         )
         for index, (found, given) in enumerate(zip(scored.inputs, body.inputs, strict=True))
     ]
+    if body.capture:
+        for found, result in zip(scored.inputs, results, strict=True):
+            result.captures = [_captured(each) for each in found.captures]
     if "logits" in body.return_:
         [found], [result] = scored.inputs, results
         result.logits = _logits(found)
@@ -277,6 +283,19 @@ def _attribution(found: InputAttribution, asked: AttributionRequest) -> Attribut
         scores=scores,
         tensor=tensor,
         completeness_error=found.completeness_error,
+    )
+
+
+def _captured(found: protocol.CapturedStream) -> CapturedStream:
+    dtype, size = ("float16", 2) if found.is_half else ("float32", 4)
+    num_rows = len(found.positions)
+    width = len(found.numbers) // (size * num_rows) if num_rows else 0
+    text = base64.b64encode(found.numbers).decode("ascii")
+    return CapturedStream(
+        target_index=found.target_index,
+        layer=found.layer,
+        positions=list(found.positions),
+        tensor=Tensor.model_validate({"b64": text, "dtype": dtype, "shape": [num_rows, width]}),
     )
 
 

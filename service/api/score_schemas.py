@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
+from service.api.intervention_schemas import MAX_CAPTURES, Capture, Interventions
 from service.api.schemas import (
     MAX_FIELDS,
     MAX_TOKENS,
@@ -219,6 +220,16 @@ class ScoreRequest(_Model):
         f"{MAX_ATTRIBUTION_TOKENS} tokens; all of them, once for each step, may have "
         f"{MAX_ATTRIBUTION_WORK} tokens.",
     )
+    interventions: Interventions = Field(
+        default_factory=list,
+        description="Changes of the residual stream of every text, in this order; at most 4.",
+    )
+    capture: list[Capture] = Field(
+        default_factory=list,
+        max_length=MAX_CAPTURES,
+        description="What is told of the residual stream of every text, after interventions; at "
+        "most 8 MiB, with logits 16 MiB.",
+    )
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
         None,
         description="Seconds after which the request fails if it has not ended; at most the "
@@ -285,7 +296,7 @@ class Tensor(_Model):
     """Numbers in base64: little-endian, row by row."""
 
     b64: str
-    dtype: Literal["float32"]
+    dtype: Literal["float16", "float32"]
     shape: list[int]
 
 
@@ -317,13 +328,26 @@ class Attribution(_Model):
     )
 
 
+class CapturedStream(_Model):
+    """The residual stream of one text at one layer."""
+
+    target_index: int = Field(description="Of whose text: that of this target behind the context.")
+    layer: int
+    positions: list[int] = Field(description="Of the tokens, ascending, `<bos>` being 0.")
+    tensor: Tensor = Field(description="[positions, hidden_dim].")
+
+
 class ScoreResult(_Model):
-    """One input. `logits` and `attribution` stand here only if they were asked for."""
+    """One input. `logits`, `captures` and `attribution` stand here only if they were asked for."""
 
     input_index: int
     model: str = Field(description="The model as resolved, with its version.")
     prompt_tokens: int = Field(description="Tokens of the context, or of the whole text.")
     targets: list[ScoredTarget]
+    captures: list[CapturedStream] | None = Field(
+        None,
+        description="Target by target, then in the order of `capture`, each layer by itself.",
+    )
     logits: Logits | None = None
     attribution: Attribution | None = None
 

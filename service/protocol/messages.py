@@ -24,6 +24,9 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 KernelChoice = Literal["auto", "native", "xla"]
+Operation = Literal["add", "scale", "zero", "set", "project_out"]
+# Listed ones count from the beginning of the text, ``<bos>`` being 0.
+Positions = Literal["all", "context", "target", "last"] | tuple[int, ...]
 Phase = Literal["start", "download", "convert", "load", "compile", "idle", "step"]
 
 
@@ -83,6 +86,32 @@ class ContrastiveSearch(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fi
         return self.num_candidates
 
 
+class Intervention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A change of the residual stream.
+
+    Attributes:
+        operation: What is done.
+        layers: Where: −1 is the embedding before scaling, i what block i leaves.
+        positions: In which tokens.
+        scale: Of ``add`` and ``scale``.
+        vector: Of the operations that have one: float32, little-endian.
+    """
+
+    operation: Operation
+    layers: tuple[int, ...]
+    positions: Positions
+    scale: float = 1.0
+    vector: bytes = b""
+
+
+class Capture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The residual stream of some tokens at some layers, as float16 or float32."""
+
+    layers: tuple[int, ...]
+    positions: Positions
+    is_half: bool
+
+
 # --- commands ---------------------------------------------------------------------------------
 
 
@@ -128,6 +157,7 @@ class Generate(Message, frozen=True):
         echo: Whether the text of each output begins with its prompt.
         priority: Higher ones get a slot first.
         search: How tokens are searched for, in place of ``sampling``.
+        interventions: In prompts and in what is generated, in order.
     """
 
     request_id: str
@@ -142,6 +172,7 @@ class Generate(Message, frozen=True):
     echo: bool = False
     priority: int = 0
     search: BeamSearch | ContrastiveSearch | None = None
+    interventions: tuple[Intervention, ...] = ()
 
 
 class ScoredText(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -201,6 +232,8 @@ class Score(Message, frozen=True):
         tells_logits: Whether all logits are told behind which a token of the one target stands.
         priority: Higher ones are read first.
         attribution: What log-probabilities are traced back to, if they are to be.
+        interventions: In every text, in order.
+        captures: Of every text, after these.
     """
 
     request_id: str
@@ -213,6 +246,8 @@ class Score(Message, frozen=True):
     tells_logits: bool = False
     priority: int = 0
     attribution: Attribute | None = None
+    interventions: tuple[Intervention, ...] = ()
+    captures: tuple[Capture, ...] = ()
 
 
 class Cancel(Message, frozen=True):
@@ -409,17 +444,29 @@ class InputAttribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     completeness_error: float | None
 
 
+class CapturedStream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The residual stream of one text at one layer: ``numbers``, little-endian, by position."""
+
+    target_index: int
+    layer: int
+    positions: tuple[int, ...]
+    is_half: bool
+    numbers: bytes
+
+
 class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The targets of one input, in order; ``num_prompt_tokens`` as in `Accepted`.
 
     ``logits``, if they are to be told, are those in front of each token of the target, one row
-    behind the other: float32, little-endian.
+    behind the other: float32, little-endian. ``captures`` come target by target, in the order of
+    the request, each layer by itself.
     """
 
     num_prompt_tokens: int
     targets: tuple[TargetScore, ...]
     logits: bytes = b""
     attribution: InputAttribution | None = None
+    captures: tuple[CapturedStream, ...] = ()
 
 
 class Scored(Message, frozen=True):

@@ -25,6 +25,12 @@ from service.protocol.messages import (
 from service.worker.attribution_jobs import attribution_questions
 from service.worker.completion import Completion
 from service.worker.drain_rate import DrainRate
+from service.worker.interventions import (
+    InvalidPlace,
+    PromptInterventions,
+    check_interventions,
+    prompt_interventions,
+)
 from service.worker.prefix_keys import PrefixKeys
 from service.worker.scheduler import Row, RowKey
 from service.worker.score_inputs import InvalidInput, ScoreInputs
@@ -154,11 +160,22 @@ class Admission:
         stops = [
             self._stop_rules(command, index, len(prompt)) for index, prompt in enumerate(prompts)
         ]
-        keys = [self._keys(command, prompt) for prompt in prompts]
+        interventions = [self._interventions(command, len(prompt)) for prompt in prompts]
+        keys = [
+            self._keys(command, prompt, changed)
+            for prompt, changed in zip(prompts, interventions, strict=True)
+        ]
         # A search has the place of its prompt's first output.
         num_outputs = command.num_choices if command.search is None else 1
         completions = [
-            self._completion(command, index * command.num_choices + choice, prompts, stops, keys)
+            self._completion(
+                command,
+                index * command.num_choices + choice,
+                prompts,
+                stops,
+                keys,
+                interventions[index],
+            )
             for index in range(len(prompts))
             for choice in range(num_outputs)
         ]
@@ -295,6 +312,7 @@ class Admission:
         prompts: list[tuple[int, ...]],
         stops: list[StopRules],
         keys: list[tuple[bytes, ...]],
+        interventions: PromptInterventions,
     ) -> Completion:
         prompt_index = output // command.num_choices
         prompt = prompts[prompt_index]
@@ -315,14 +333,27 @@ class Admission:
             codec=self._codec,
             echo=command.echo,
             prefix_keys=keys[prompt_index],
+            interventions=interventions,
         )
 
-    def _keys(self, command: Generate, prompt: tuple[int, ...]) -> tuple[bytes, ...]:
+    def _interventions(self, command: Generate, num_prompt_tokens: int) -> PromptInterventions:
+        try:
+            check_interventions(command.interventions, self._info)
+            return prompt_interventions(command.interventions, num_prompt_tokens)
+        except InvalidPlace as error:
+            raise _refusal(command, "invalid_field", error.detail, error.pointer) from None
+
+    def _keys(
+        self, command: Generate, prompt: tuple[int, ...], interventions: PromptInterventions
+    ) -> tuple[bytes, ...]:
         """Of the whole blocks of a prompt, if the engine keeps any."""
         # Of what is only looked up, contrastive search would miss the hidden states.
         if not self._info.keeps_prefixes or isinstance(command.search, ContrastiveSearch):
             return ()
-        return self._prefix_keys.of(command.tenant, command.adapter, prompt)
+        changed = b""
+        if interventions.touches(0, len(prompt) - 1):
+            changed = msgspec.msgpack.encode(command.interventions)
+        return self._prefix_keys.of(command.tenant, command.adapter, prompt, changed)
 
     @staticmethod
     def _search(

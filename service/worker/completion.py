@@ -13,6 +13,7 @@ from service.protocol.messages import (
     StopRules,
     TokenLogprobs,
 )
+from service.worker.interventions import NO_INTERVENTIONS, PromptInterventions
 from service.worker.scheduler import Row
 from service.worker.translate import token_logprobs
 
@@ -37,6 +38,7 @@ class Completion:
         codec: Of the engine.
         echo: Whether the text begins with the prompt.
         prefix_keys: Of the whole blocks of the prompt before its last token.
+        interventions: In the prompt and in what is drawn.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Completion:
         *,
         echo: bool = False,
         prefix_keys: tuple[bytes, ...] = (),
+        interventions: PromptInterventions = NO_INTERVENTIONS,
     ) -> None:
         self.row = row
         self.prompt = prompt
         self.end: OutputEnd | None = None
         self.num_tokens = 0
         self.prefix_keys = prefix_keys
+        self.interventions = interventions
         # Of the steps that were started; some may not be read yet.
         self._num_steps = 0
         self._stop = stop
@@ -69,6 +73,7 @@ class Completion:
             stop_ids=tuple(sorted(self._stop_ids)),
             may_stop_at=len(prompt) + stop.min_tokens,
             num_logprobs=num_logprobs,
+            interventions=interventions.steps,
         )
         self._detokenizer = StreamingDetokenizer(codec.piece_bytes, stop.strings)
         # A stop string in the prompt stops nothing, and is text.

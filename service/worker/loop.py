@@ -243,8 +243,10 @@ class Loop:
         chunks = []
         for chunk in action.chunks:
             assert chunk.row.slot is not None
-            prompt = self._prompted(chunk.row).prompt
-            chunks.append(PromptChunk(chunk.row.slot, prompt[chunk.start : chunk.end], chunk.start))
+            prompted = self._prompted(chunk.row)
+            token_ids = prompted.prompt[chunk.start : chunk.end]
+            touches = prompted.interventions.touches(chunk.start, chunk.end)
+            chunks.append(PromptChunk(chunk.row.slot, token_ids, chunk.start, touches))
         is_accompanied = self._scheduler.num_decoding > 0
         until = time.monotonic() + self._pace.prefill_seconds(is_accompanied=is_accompanied)
         if not self._prefill.run(action, chunks, until):

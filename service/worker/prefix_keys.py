@@ -25,15 +25,22 @@ class PrefixKeys:
         self._block_tokens = block_tokens
         self._secret = secrets.token_bytes(32)
 
-    def of(self, tenant: str, adapter: str | None, prompt: Sequence[int]) -> tuple[bytes, ...]:
+    def of(
+        self,
+        tenant: str,
+        adapter: str | None,
+        prompt: Sequence[int],
+        interventions: bytes = b"",
+    ) -> tuple[bytes, ...]:
         """Of every whole block before the prompt's last token, which is never prefilled.
 
         Args:
             tenant: Whose prompt it is.
             adapter: Digest of the adapter version that made the keys and values, or None.
             prompt: Token ids.
+            interventions: What was changed in the prompt, in bytes; empty if nothing was.
         """
-        key = self._beginning(tenant, adapter)
+        key = self._beginning(tenant, adapter, interventions)
         keys = []
         for end in range(self._block_tokens, len(prompt), self._block_tokens):
             tokens = array("I", prompt[end - self._block_tokens : end]).tobytes()
@@ -41,9 +48,10 @@ class PrefixKeys:
             keys.append(key)
         return tuple(keys)
 
-    def _beginning(self, tenant: str, adapter: str | None) -> bytes:
+    def _beginning(self, tenant: str, adapter: str | None, interventions: bytes) -> bytes:
         salt = hmac.digest(self._secret, tenant.encode(), "sha256")
-        parts = (salt, self._preset_digest.encode(), b"" if adapter is None else adapter.encode())
+        adapter_digest = b"" if adapter is None else adapter.encode()
+        parts = (salt, self._preset_digest.encode(), adapter_digest, interventions)
         digest = hashlib.sha256()
         for part in parts:
             # With its length in front, so that no two lists of parts are one text.

@@ -9,10 +9,11 @@ Attributions (`service.worker.attribution_desk`) and all of this take turns.
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from model.attribution_questions import AttributionEngine
+from model.intervention_slots import Captured
 from model.score_slots import (
     HEAD_PAIRS,
     HEAD_ROWS,
@@ -28,12 +29,13 @@ from service.worker.attribution_desk import AttributionDesk
 from service.worker.attribution_jobs import AttributionJob
 from service.worker.paused_prefill import run_until
 from service.worker.scheduler import PrefillLimits
-from service.worker.score_line import Asked, Reading, ScoreLine
+from service.worker.score_line import Asked, Reading, ScoreLine, ScorePiece
 from service.worker.score_request import ScoreRequest
 from service.worker.work_done import WorkDone
 
 # Chunks that a place waits for company at the head.
 _MAX_CHUNKS_WAITED = 2
+_NOT_FINITE = "The model produced a value that is not a number."
 
 
 class _Place(NamedTuple):
@@ -74,6 +76,8 @@ class ScoreDesk:
         self._reading: Reading | None = None
         self._layers: Iterator[None] = iter(())
         self._residuals: list[Residual] = []
+        # Of each piece that is being read; its request may end meanwhile.
+        self._num_captures: list[int] = []
         self._num_chunks = 0
         self._attributions = AttributionDesk(engine, admission, work, clock)
         self._was_attribution_turn = True
@@ -118,7 +122,7 @@ class ScoreDesk:
         if self._reading is None:
             self._begin_reading()
         if run_until(self._layers, until, self._clock):
-            self._take_residuals()
+            return self._take_residuals()
         return []
 
     def _is_head_due(self) -> bool:
@@ -132,33 +136,58 @@ class ScoreDesk:
     def _begin_reading(self) -> None:
         reading = self._line.next_reading()
         now = self._clock()
-        chunks = []
+        chunks: list[ScoreChunk] = []
+        num_captures: list[int] = []
         for passage, slot, piece in reading.pieces:
             if passage.num_read == 0:
                 self._admission.started(passage.key)
                 request = self._requests[passage.key.request_id]
                 request.started_at = request.started_at or now
+            request = self._requests[passage.key.request_id]
             wanted = tuple(asked.place for asked in piece.asked)
-            chunks.append(ScoreChunk(slot, piece.token_ids, piece.start, wanted))
+            touches, captures = request.touches(piece), request.captures(piece)
+            chunk = ScoreChunk(slot, piece.token_ids, piece.start, wanted, touches, captures)
+            chunks.append(chunk)
+            num_captures.append(len(captures))
+        self._num_captures = num_captures
         self._reading, self._layers = reading, self._read(self._engine.read(chunks))
 
     def _read(self, reading: Generator[None, None, list[Residual]]) -> Iterator[None]:
         self._residuals = yield from reading
 
-    def _take_residuals(self) -> None:
+    def _take_residuals(self) -> list[Event]:
         reading, self._reading = self._reading, None
         assert reading is not None, "something was read"
         self._line.record_reading(reading)
         self._num_chunks += 1
         self._work.note_score(sum(len(placed.piece.token_ids) for placed in reading.pieces))
         residuals = iter(self._residuals)
-        for passage, _, piece in reading.pieces:
+        events: list[Event] = []
+        for (passage, _, piece), count in zip(reading.pieces, self._num_captures, strict=True):
             request = self._requests.get(passage.key.request_id)
             for asked in piece.asked:
                 residual = next(residuals)
                 # It may have ended meanwhile.
                 if request is not None:
                     self._places.append(_Place(request, asked, residual, self._num_chunks))
+            captured = [next(residuals) for _ in range(count)]
+            if request is not None and captured:
+                events += self._take_captured(request, piece, captured)
+        return events
+
+    def _take_captured(
+        self, request: ScoreRequest, piece: ScorePiece, captured: Sequence[Captured]
+    ) -> list[Event]:
+        if not all(each.is_finite for each in captured):
+            return [self._fail(request, "numerical", _NOT_FINITE)]
+        request.take_captured(piece, captured)
+        return self._end_if_done(request)
+
+    def _end_if_done(self, request: ScoreRequest) -> list[Event]:
+        if not request.is_done:
+            return []
+        self._forget(request)
+        return [request.scored(self._clock())]
 
     def _measure(self) -> list[Event]:
         """The places that waited longest, as many as the head takes."""
@@ -188,28 +217,20 @@ class ScoreDesk:
             return []
         assert job.answer is not None, "it has ended"
         request = self._requests[job.key.request_id]
-        return self._go_on(request, is_finite=job.answer.is_finite)
+        if not job.answer.is_finite:
+            return [self._fail(request, "numerical", _NOT_FINITE)]
+        return self._end_if_done(request)
 
     def _take(self, place: _Place, question: AskedPlace, answer: PlaceScore) -> list[Event]:
         request = place.request
         if not answer.is_finite:
-            return self._go_on(request, is_finite=False)
+            return [self._fail(request, "numerical", _NOT_FINITE)]
         numbers = dict(
             zip(question.token_ids, zip(answer.logprobs, answer.ranks, strict=True), strict=True)
         )
         for token in place.asked.tokens:
             request.take(token, *numbers[token.token_id], answer)
-        return self._go_on(request, is_finite=True)
-
-    def _go_on(self, request: ScoreRequest, *, is_finite: bool) -> list[Event]:
-        """How a request ended, if something that was found for it ends it."""
-        if not is_finite:
-            detail = "The model produced a value that is not a number."
-            return [self._fail(request, "numerical", detail)]
-        if not request.is_done:
-            return []
-        self._forget(request)
-        return [request.scored(self._clock())]
+        return self._end_if_done(request)
 
     def _fail(self, request: ScoreRequest, code: str, detail: str) -> Event:
         self._forget(request)

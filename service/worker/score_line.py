@@ -46,6 +46,21 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Marked:
+    """Places of a piece that a part of the request is about.
+
+    Attributes:
+        number: Of the intervention, or of the capture, in its request.
+        places: Ascending, at least one.
+        targets: Of a capture: to whose texts the places belong, as pairs of input and target.
+    """
+
+    number: int
+    places: tuple[int, ...]
+    targets: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ScorePiece:
     """Consecutive tokens of a passage.
 
@@ -53,11 +68,15 @@ class ScorePiece:
         token_ids: At least one.
         start: Position of the first.
         asked: Places of the piece with what is asked there, ascending.
+        touched: Where interventions act, in the order of the request.
+        captured: Where something is captured, in that order too.
     """
 
     token_ids: tuple[int, ...]
     start: int
     asked: tuple[Asked, ...] = ()
+    touched: tuple[Marked, ...] = ()
+    captured: tuple[Marked, ...] = ()
 
 
 @dataclass(slots=True, eq=False)

@@ -4,9 +4,11 @@ import struct
 from collections.abc import Sequence
 
 from model.attribution_questions import AttributionQuestion
+from model.intervention_slots import Capture, Captured, Touch
 from model.score_slots import PlaceScore
 from model.slots import TextCodec
 from service.protocol.messages import (
+    CapturedStream,
     InputAttribution,
     InputScore,
     Score,
@@ -18,9 +20,10 @@ from service.protocol.messages import (
     TokenScore,
 )
 from service.worker.attribution_jobs import AttributionJob
+from service.worker.interventions import intervention_of
 from service.worker.scheduler import RowKey
-from service.worker.score_inputs import PlannedInput, PlannedTarget
-from service.worker.score_line import Passage, TargetToken
+from service.worker.score_inputs import PlannedCapture, PlannedInput, PlannedTarget
+from service.worker.score_line import Marked, Passage, ScorePiece, TargetToken
 from service.worker.translate import token_logprob
 
 
@@ -67,11 +70,46 @@ class ScoreRequest:
         # Of the one target, if they are wanted.
         self._logits: dict[int, bytes] = {}
         self._num_missing = sum(len(t.token_ids) for given in inputs for t in given.targets)
+        self._interventions = [intervention_of(each) for each in command.interventions]
+        self._captures = command.captures
+        # Input, target, number of the capture, layer -> the numbers of its positions, in order.
+        self._captured: dict[tuple[int, int, int, int], list[bytes]] = {}
+        self._num_missing_captures = sum(
+            len(each.positions) * len(command.captures[each.number].layers)
+            for given in inputs
+            for each in given.captures
+        )
 
     @property
     def is_done(self) -> bool:
         """Whether everything that it asked is known."""
-        return self._num_missing == 0 and all(each.answer for each in self.attributions)
+        return (
+            self._num_missing == 0
+            and self._num_missing_captures == 0
+            and all(each.answer for each in self.attributions)
+        )
+
+    def touches(self, piece: ScorePiece) -> tuple[Touch, ...]:
+        """Interventions in one of its pieces."""
+        return tuple(Touch(self._interventions[m.number], m.places) for m in piece.touched)
+
+    def captures(self, piece: ScorePiece) -> tuple[Capture, ...]:
+        """What is captured of one of its pieces."""
+        return tuple(
+            Capture(layer, marked.places, self._captures[marked.number].is_half)
+            for marked, layer in self._captured_parts(piece)
+        )
+
+    def _captured_parts(self, piece: ScorePiece) -> list[tuple[Marked, int]]:
+        return [(m, layer) for m in piece.captured for layer in self._captures[m.number].layers]
+
+    def take_captured(self, piece: ScorePiece, found: Sequence[Captured]) -> None:
+        """What was captured of a piece; those of one text come in its order."""
+        for (marked, layer), each in zip(self._captured_parts(piece), found, strict=True):
+            for target in marked.targets:
+                numbers = self._captured.setdefault((*target, marked.number, layer), [])
+                numbers.append(each.numbers)
+                self._num_missing_captures -= len(marked.places)
 
     def take(self, asked: TargetToken, logprob: float, rank: int, place: PlaceScore) -> None:
         """What was found for one token, and at its place."""
@@ -100,6 +138,7 @@ class ScoreRequest:
                 ),
                 b"".join(self._logits[place] for place in sorted(self._logits)),
                 self._attribution(self.attributions[index]) if self.attributions else None,
+                tuple(stream for each in given.captures for stream in self._streams(index, each)),
             )
             for index, given in enumerate(self._inputs)
         )
@@ -109,6 +148,21 @@ class ScoreRequest:
             total_seconds=now - self._admitted_at,
         )
         return Scored(self.request_id, inputs, timings)
+
+    def _streams(self, index: int, planned: PlannedCapture) -> list[CapturedStream]:
+        capture = self._captures[planned.number]
+        return [
+            CapturedStream(
+                planned.target_index,
+                layer,
+                planned.positions,
+                capture.is_half,
+                b"".join(
+                    self._captured.get((index, planned.target_index, planned.number, layer), ())
+                ),
+            )
+            for layer in capture.layers
+        ]
 
     def _target(self, index: int, number: int, target: PlannedTarget) -> TargetScore:
         tokens = tuple(

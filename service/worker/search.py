@@ -13,6 +13,7 @@ from model.search_slots import Beam, BeamStep, CandidateStep, SearchEngine, Sear
 from model.slots import SampledToken
 from service.protocol.messages import FinishReason, OutputEnd, Piece
 from service.worker.completion import Completion
+from service.worker.interventions import PromptInterventions
 from service.worker.scheduler import Row
 
 
@@ -25,6 +26,7 @@ class SearchRun(Protocol):
     ends: tuple[OutputEnd, ...] | None
 
     prefix_keys: tuple[bytes, ...]
+    interventions: PromptInterventions
 
     @property
     def has_tokens(self) -> bool:
@@ -91,6 +93,7 @@ class BeamRun:
     def __init__(self, completion: Completion, num_choices: int, rules: SearchRules) -> None:
         self.row = completion.row
         self.prefix_keys = completion.prefix_keys
+        self.interventions = completion.interventions
         self.ends: tuple[OutputEnd, ...] | None = None
         self._num_outputs = num_choices
         self.prompt = completion.prompt
@@ -110,13 +113,18 @@ class BeamRun:
     def step(self, engine: SearchEngine) -> list[Piece] | None:
         live = next(each.completion for each in self._hypotheses if each.completion.end is None)
         assert self._beams, "a step before its slots"
+        position = len(self.prompt) - 1 + self._num_steps
         extensions = engine.step_beams(
             BeamStep(
                 slots=self.row.slots,
                 beams=tuple(self._beams),
-                position=len(self.prompt) - 1 + self._num_steps,
+                position=position,
                 num_shared_tokens=len(self.prompt) - 1,
-                rules=replace(self._rules, banned_ids=live.banned_ids(self._num_steps)),
+                rules=replace(
+                    self._rules,
+                    banned_ids=live.banned_ids(self._num_steps),
+                    interventions=self.interventions.due(position, len(self.prompt)),
+                ),
             )
         )
         if not extensions:
@@ -160,6 +168,7 @@ class ContrastiveRun:
     def __init__(self, completion: Completion, alpha: float, rules: SearchRules) -> None:
         self.row = completion.row
         self.prefix_keys = completion.prefix_keys
+        self.interventions = completion.interventions
         self.ends: tuple[OutputEnd, ...] | None = None
         self.prompt = completion.prompt
         self._hypothesis = _Hypothesis(completion, ())
@@ -182,15 +191,20 @@ class ContrastiveRun:
 
     def step(self, engine: SearchEngine) -> list[Piece] | None:
         completion = self._hypothesis.completion
+        position = len(self.prompt) - 1 + self._num_steps
         choice = engine.step_candidates(
             CandidateStep(
                 slots=self.row.slots,
                 token_ids=self._token_ids,
                 probabilities=self._probabilities,
-                position=len(self.prompt) - 1 + self._num_steps,
+                position=position,
                 alpha=self._alpha,
-                # For the candidates that come of this step, one place behind those that it tries.
-                rules=replace(self._rules, banned_ids=completion.banned_ids(self._num_steps)),
+                rules=replace(
+                    self._rules,
+                    # Of the candidates that come of this step, one place behind those it tries.
+                    banned_ids=completion.banned_ids(self._num_steps),
+                    interventions=self.interventions.due(position, len(self.prompt)),
+                ),
             )
         )
         if choice is None:

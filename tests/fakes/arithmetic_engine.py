@@ -6,7 +6,8 @@ Each new token is the sum of all tokens before it, modulo 1000:
 
 It depends on every earlier token, so a row mixed up with its neighbour, a chunk written to the
 wrong slot or a token dropped on the way shows up as a wrong number. Texts are numbers between
-spaces: "1 2 3". Token 0 is bos and adds nothing to a sum; token 999 is eos.
+spaces: "1 2 3". Token 0 is bos and adds nothing to a sum; token 999 is eos. What can be changed of
+that, `tests.fakes.arithmetic_stream` says.
 
 A temperature above 0 adds the seed to the sum, so that a draw depends on its seed.
 
@@ -32,6 +33,7 @@ from model.slots import (
 from tests.fakes.arithmetic_attributions import NUM_LAYERS, WIDTH, ArithmeticAttributions
 from tests.fakes.arithmetic_scores import ArithmeticScores
 from tests.fakes.arithmetic_search import ArithmeticSearches
+from tests.fakes.arithmetic_stream import embedded, stream, touching
 
 VOCABULARY_SIZE = 1000
 BOS_ID = 0
@@ -114,7 +116,10 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
             time.sleep(self._step_seconds / 2)
             yield
         for chunk in chunks:
-            self._slots[chunk.slot][chunk.start :] = chunk.token_ids
+            self._slots[chunk.slot][chunk.start :] = [
+                embedded(token, touching(chunk.touches, place))
+                for place, token in enumerate(chunk.token_ids)
+            ]
             assert len(self._slots[chunk.slot]) == chunk.start + len(chunk.token_ids)
             if ONCE in chunk.token_ids:
                 assert not self._has_prefilled_once, "prefilled twice"
@@ -176,11 +181,16 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
             has_stopped = position >= rules.num_prompt and newest in rules.stop_ids
             if has_stopped or position + 1 >= rules.end:
                 break
-            held[position:] = [newest]
+            steps = [
+                step.intervention
+                for step in rules.interventions
+                if step.acts_at(position, rules.num_prompt)
+            ]
+            held[position:] = [embedded(newest, steps)]
             assert held == table, "the slot does not hold what was said so far"
             _misbehave(held)
             seed = rules.sampling.seed if rules.sampling.temperature > 0 else 0
-            token_id = next_token(held, seed)
+            token_id = next_token([stream(held, steps)], seed)
             while position + 1 < rules.may_stop_at and token_id in rules.stop_ids:
                 token_id = (token_id + 1) % VOCABULARY_SIZE
             is_finite = NOT_FINITE not in held

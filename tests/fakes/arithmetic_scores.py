@@ -1,14 +1,16 @@
 """Scores of the arithmetic engine: after tokens whose sum goes to s, token s + k has rank k and the
 log-probability −1 − k, as the alternatives that come with a drawn token say.
 
-A residual is the list of all tokens up to its place.
+A residual is the list of all tokens up to its place, and what their sum lacks there.
 """
 
 import struct
 import time
 from collections.abc import Generator, Sequence
 
+from model.intervention_slots import Captured
 from model.score_slots import HEAD_PAIRS, HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, ScoreChunk
+from tests.fakes.arithmetic_stream import captured, embedded, numbers, stream, touching
 
 VOCABULARY_SIZE = 1000
 
@@ -35,20 +37,30 @@ class ArithmeticScores:
     def _misbehave(self, tokens: Sequence[int]) -> None:
         raise NotImplementedError
 
-    def read(self, chunks: Sequence[ScoreChunk]) -> Generator[None, None, list[list[int]]]:
+    def read(
+        self, chunks: Sequence[ScoreChunk]
+    ) -> Generator[None, None, list[list[int] | Captured]]:
         self._check_chunks(chunks)
         # As two layers that are both needed.
         for _ in range(2):
             time.sleep(self._step_seconds / 2)
             yield
-        residuals = []
+        residuals: list[list[int] | Captured] = []
         for chunk in chunks:
             text = self._texts[chunk.slot]
             assert len(text) >= chunk.start, "what stands before was never read"
-            text[chunk.start :] = chunk.token_ids
+            due = [touching(chunk.touches, place) for place in range(len(chunk.token_ids))]
+            text[chunk.start :] = map(embedded, chunk.token_ids, due)
             self._misbehave(text)
             assert list(chunk.wanted) == sorted(set(chunk.wanted))
-            residuals += [text[: chunk.start + place + 1] for place in chunk.wanted]
+            upto = [text[: chunk.start + place + 1] for place in range(len(chunk.token_ids))]
+            streams = [stream(*each) for each in zip(upto, due, strict=True)]
+            residuals += [
+                [*upto[place], streams[place] - sum(numbers(upto[place]))] for place in chunk.wanted
+            ]
+            for each in chunk.captures:
+                found = streams if each.layer == 0 else numbers(text[chunk.start :])
+                residuals.append(captured(each, [found[place] for place in each.places]))
         return residuals
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
@@ -58,7 +70,7 @@ class ArithmeticScores:
         return [self._measure(place) for place in places]
 
     def _measure(self, place: AskedPlace) -> PlaceScore:
-        first = sum(place.residual) % VOCABULARY_SIZE
+        first = int(sum(numbers(place.residual))) % VOCABULARY_SIZE
         ranks = tuple((token_id - first) % VOCABULARY_SIZE for token_id in place.token_ids)
         return PlaceScore(
             logprobs=tuple(-1.0 - rank for rank in ranks),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from model.search_slots import MAX_WIDTH, Beam, BeamStep, CandidateStep, Choice, Extension
 from model.slots import SampledToken
+from tests.fakes.arithmetic_stream import embedded, stream
 
 VOCABULARY_SIZE = 1000
 
@@ -55,9 +56,11 @@ class ArithmeticSearches:
             if beam.is_done:
                 found.append((beam.logprob, source, None))
                 continue
-            tokens = self._write(beam.slot, step.position, beam.token_id)
+            newest = embedded(beam.token_id, step.rules.interventions)
+            tokens = self._write(beam.slot, step.position, newest)
             if not self._is_finite(tokens):
                 return []
+            tokens = [stream(tokens, step.rules.interventions)]
             likely = likely_tokens(tokens, step.rules.banned_ids)
             found += [
                 (beam.logprob + logprob, source, _sampled(id_, logprob, tokens, step))
@@ -84,7 +87,7 @@ class ArithmeticSearches:
         assert step.slots[0] in self.hidden_slots, "hidden states were not kept"
         time.sleep(self._step_seconds)
         written = [
-            self._write(slot, step.position, token_id)
+            self._write(slot, step.position, embedded(token_id, step.rules.interventions))
             for slot, token_id in zip(step.slots, step.token_ids, strict=True)
         ]
         assert len({tuple(tokens[:-1]) for tokens in written}) == 1, "slots with different pasts"
@@ -93,8 +96,9 @@ class ArithmeticSearches:
         place = chosen_place(step.position, len(step.slots), step.alpha)
         for slot in step.slots:
             self._slots[slot] = list(written[place])
-        likely = likely_tokens(written[place], step.rules.banned_ids)[: len(step.slots)]
-        candidates = [_sampled(id_, logprob, written[place], step) for id_, logprob in likely]
+        chosen = [stream(written[place], step.rules.interventions)]
+        likely = likely_tokens(chosen, step.rules.banned_ids)[: len(step.slots)]
+        candidates = [_sampled(id_, logprob, chosen, step) for id_, logprob in likely]
         probabilities = tuple(1 / (place + 2) for place in range(len(candidates)))
         return Choice(place, tuple(candidates), probabilities)
 
