@@ -12,16 +12,20 @@ In that list the embedding comes first, then each block with its layers in rever
 creation (spec 7; Gemma 3's order was read off keras-hub 0.32 itself).
 """
 
+import hashlib
+import io
 import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from model.adapter_bank import Adapter, of_keras
 from model.config import GemmaConfig
-from model.errors import PresetFileInvalid
+from model.errors import AdapterUnfit, PresetFileInvalid
 from model.gemma.backbone import Backbone
 from model.gemma.keras_lora import TARGETS, lora_shapes
 from model.presets.regular_file import open_regular_file
@@ -88,6 +92,29 @@ def load_lora(path: Path, backbone: Backbone) -> None:
         holder.lora_kernel_b.assign(b)
 
 
+def read_adapter(path: Path, digest: str, config: GemmaConfig) -> Adapter:
+    """Reads a file whole and takes it apart only if it is the version that was named.
+
+    Args:
+        path: Of the file.
+        digest: ``sha256:`` and that of its bytes.
+        config: Of the model.
+
+    Raises:
+        AdapterUnfit: It is another kind of file, or another version.
+        PresetFileMissing: There is no such file.
+        PresetFileInvalid: It is not such a file, or does not fit this model.
+    """
+    if not path.name.endswith(_SUFFIX):
+        raise AdapterUnfit(f"{path}: the name of an adapter file ends in {_SUFFIX}.")
+    with open_regular_file(path.parent, path.name) as source:
+        content = source.read()
+    if f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
+        raise AdapterUnfit(f"{path} has changed since it was named; start the service again.")
+    rank, arrays = _opened(path, io.BytesIO(content), config)
+    return of_keras(rank, arrays)
+
+
 def lora_places(config: GemmaConfig) -> dict[int, Place]:
     """Place in keras-hub's list of layers -> (block, target), for everything that can have LoRA."""
     layers = _layers_of_a_block(config)
@@ -129,12 +156,16 @@ Arrays = dict[Place, tuple[NDArray[np.float32], NDArray[np.float32]]]
 def _read(path: Path, config: GemmaConfig) -> tuple[int, Arrays]:
     """Rank and arrays, every one of them checked before it is read."""
     with open_regular_file(path.parent, path.name) as source:
-        try:
-            # A file object, not a path: HDF5 then has no driver that could open another file.
-            with h5py.File(source, "r") as file:
-                return _read_file(path, file, config)
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise PresetFileInvalid(f"{path} is not a {_SUFFIX} file: {error!s:.120}.") from error
+        return _opened(path, source, config)
+
+
+def _opened(path: Path, source: BinaryIO, config: GemmaConfig) -> tuple[int, Arrays]:
+    try:
+        # A file object, not a path: HDF5 then has no driver that could open another file.
+        with h5py.File(source, "r") as file:
+            return _read_file(path, file, config)
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise PresetFileInvalid(f"{path} is not a {_SUFFIX} file: {error!s:.120}.") from error
 
 
 def _read_file(path: Path, file: h5py.File, config: GemmaConfig) -> tuple[int, Arrays]:

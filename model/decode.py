@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from model.adapter_bank import BankArrays, bank_terms
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, block
 from model.gemma.cached_attention import SlotRows
@@ -28,6 +29,7 @@ from model.gemma.forward import (
     unembed,
 )
 from model.gemma.kv_cache import LayerCache
+from model.gemma.low_rank import row_slots
 from model.gemma.padded_rows import pad_rows, padded_again, step_rows
 from model.gemma.slot_tokens import SlotTokens
 from model.gemma.weights import GemmaWeights
@@ -98,14 +100,17 @@ def advance_rows(
     positions: Int[Array, " batch"],
     slots: Int[Array, " batch"],
     interventions: RowInterventions,
+    bank: BankArrays | None,
+    adapters: Int[Array, " batch"],
     *,
     is_native: bool,
 ) -> ModelRows:
     """Writes each row's token into its slot; hidden states and logits after it.
 
     The bits of a row depend neither on the number of rows nor on its place among them. A row with
-    the slot ``num_slots`` only fills the batch. With ``is_native`` the native kernel computes; its
-    bits are not those of XLA, and it needs no padding.
+    the slot ``num_slots`` only fills the batch. ``adapters`` are slots of the bank, 0 for the base,
+    which is all there is without one. With ``is_native`` the native kernel computes; its bits are
+    not those of XLA, and it needs no padding.
     """
     step = step_rows(len(token_ids), is_native=is_native)
     num_rows = len(token_ids) if is_native else step.num_padded
@@ -114,6 +119,7 @@ def advance_rows(
     change = partial(intervene_rows, changes=interventions, num_padded=step.num_padded)
     padded_ids = pad_rows(token_ids, num_rows)[:, None]
     x = jax.lax.optimization_barrier(_embed_rows(weights, padded_ids, interventions, change))
+    used = row_slots(adapters, is_native=is_native)
     new_caches = []
     for layer, cache in enumerate(caches):
         rows = (
@@ -121,6 +127,7 @@ def advance_rows(
             if is_native
             else SlotRows(cache, slots, step)
         )
+        terms = {} if bank is None else bank_terms(bank.layers[layer], bank.ranks, used)
         x, new_cache = block(
             config,
             weights.blocks[layer],
@@ -128,6 +135,7 @@ def advance_rows(
             x,
             positions,
             rows=rows,
+            adapters=terms,
             intervene=partial(change, layer=layer),
         )
         assert new_cache is not None
@@ -179,6 +187,8 @@ def decode_steps(
     rules: RuleRows,
     interventions: DrawingInterventions,
     num_steps: Int[Array, ""],
+    bank: BankArrays | None,
+    adapters: Int[Array, " batch"],
     *,
     is_native: bool,
 ) -> tuple[SlotStates, DecodeOutputs]:
@@ -195,6 +205,8 @@ def decode_steps(
         rules: Of each row.
         interventions: Of each row.
         num_steps: At most `MAX_STEPS`.
+        bank: Adapters, if there may be any.
+        adapters: Slot of each row's adapter; 0 is the base.
         is_native: Products are made by the native kernel, not by XLA (static).
 
     Returns:
@@ -226,6 +238,8 @@ def decode_steps(
             drawn_at - 1,
             rules,
             interventions.at(drawn_at - 1, rules.num_prompt),
+            bank,
+            adapters,
             is_native=is_native,
         )
         outputs = jax.tree.map(
@@ -272,6 +286,8 @@ def _decode_step(
     positions: Int[Array, " batch"],
     rules: RuleRows,
     interventions: RowInterventions,
+    bank: BankArrays | None,
+    adapters: Int[Array, " batch"],
     *,
     is_native: bool,
 ) -> tuple[SlotStates, DecodeOutputs]:
@@ -279,16 +295,9 @@ def _decode_step(
     tokens, caches = states
     context = tokens.shape[1]
     newest = tokens.at[slots, positions].get(mode="clip")
+    model = (config, weights, traits, caches)
     rows = advance_rows(
-        config,
-        weights,
-        traits,
-        caches,
-        newest,
-        positions,
-        slots,
-        interventions,
-        is_native=is_native,
+        *(*model, newest, positions, slots, interventions, bank, adapters), is_native=is_native
     )
     is_past = jnp.arange(context)[None, :] <= positions[:, None]
     history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), config.vocabulary_size)

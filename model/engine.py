@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
+from model.adapter_bank import Adapter, AdapterBank, random_adapter
+from model.adapters import read_adapter
 from model.attribution_questions import (
     MAX_ATTRIBUTION_TOKENS,
     PASS_TOKENS,
@@ -144,8 +146,15 @@ class GemmaEngine:
         self._preset = preset
         self._counter = counter
         self._kernels = kernels
+        self._programs: dict[str, Callable[..., Any]] = {}
         self._row_buckets = row_buckets(options.num_slots, is_native=kernels.is_native)
         self._traits = layer_traits(self._config)
+        self._bank = AdapterBank(
+            self._config,
+            num_slots=options.adapter_slots,
+            max_rank=options.adapter_max_rank,
+            programs=self._programs,
+        )
         context = options.context_tokens
         # Those of texts that are scored stand behind those of sequences.
         self._num_all_slots = options.num_slots + SCORE_SLOTS
@@ -156,7 +165,6 @@ class GemmaEngine:
         self._prefixes = PrefixStore(options.prefix_cache_bytes, block_bytes(self._config))
         self._rules = RuleArrays(self._config.vocabulary_size)
         self._interventions = InterventionArrays(self._config.num_layers, self._config.hidden_dim)
-        self._programs: dict[str, Callable[..., Any]] = {}
         self._self_test: SelfTest | None = None
         self._searches = Searches(
             self._config,
@@ -168,6 +176,7 @@ class GemmaEngine:
             programs=self._programs,
             copy_blocks=self._copy_blocks,
             interventions=self._interventions,
+            bank=self._bank,
             is_native=kernels.is_native,
         )
         self._scores = Scores(self._config, self._weights, self._programs)
@@ -212,6 +221,8 @@ class GemmaEngine:
             programs=tuple(self._programs),
             has_tokenizer=self.codec.bos_id is not None,
             self_test=self._self_test,
+            adapter_slots=self._bank.num_slots,
+            adapter_max_rank=self._bank.max_rank if self._bank.num_slots else 0,
         )
 
     def compile(self, progress: Progress, programs_dir: Path) -> None:
@@ -223,6 +234,7 @@ class GemmaEngine:
             self._states,
             self._rules.fillers,
             self._interventions.none,
+            self._bank,
             is_native=self._kernels.is_native,
             num_slots=self._options.num_slots,
         )
@@ -232,6 +244,7 @@ class GemmaEngine:
             *self._scores.program_specs(),
             *self._attributions.program_specs(),
             *self._streams.program_specs(),
+            *self._bank.program_specs(),
         ]
         total = len(todo) + 1.0
         texts = {}
@@ -316,7 +329,9 @@ class GemmaEngine:
         """Reads chunks of texts; see `model.score_slots`."""
         first = self._options.num_slots
         placed = [
-            PromptChunk(first + each.slot, each.token_ids, each.start, each.touches)
+            PromptChunk(
+                first + each.slot, each.token_ids, each.start, each.touches, adapter=each.adapter
+            )
             for each in chunks
         ]
         for chunk in placed:
@@ -347,7 +362,10 @@ class GemmaEngine:
         for layer, weights in enumerate(self._weights.blocks):
             cache = self._states.caches[layer]
             program = self._programs[f"block[{bucket},{cache.num_positions}]"]
-            x, self._states.caches[layer] = program(weights, self._traits[layer], cache, x, rows)
+            x, self._states.caches[layer] = program(
+                *(weights, self._traits[layer], cache, x, rows),
+                *(self._bank.layer(layer), self._bank.ranks),
+            )
             x = stream.go_on(token_ids, x, layer)
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
@@ -407,9 +425,10 @@ class GemmaEngine:
         for group in groups:
             bucket = next(size for size in buckets if size >= len(group))
             slots = np.full(bucket, self._num_all_slots, np.int32)
-            positions = np.zeros(bucket, np.int32)
+            positions, adapters = np.zeros((2, bucket), np.int32)
             for index, row in enumerate(group):
                 slots[index], positions[index] = row.slot, row.position
+                adapters[index] = self._checked_adapter(row.adapter)
             rules = self._rules.of([row.rules for row in group], bucket)
             wanted = [row.rules.interventions for row in group]
             self._states, outputs = self._programs[f"decode[{bucket}]"](
@@ -421,9 +440,25 @@ class GemmaEngine:
                 rules,
                 self._interventions.of_drawing(wanted, bucket),
                 _number(num_steps),
+                self._bank.arrays,
+                adapters,
             )
             parts.append(DispatchPart(group, outputs))
         return DeviceDispatch(parts)
+
+    def read_adapter(self, path: Path, digest: str) -> Adapter:
+        """Opens the file of an adapter version; see `model.slots.Engine`."""
+        adapter = read_adapter(path, digest, self._config)
+        self._bank.check(adapter)
+        return adapter
+
+    def put_random_adapter(self, slot: int, rank: int) -> None:
+        """For the self-test: an adapter of all projections, of the size of real ones."""
+        self._bank.put(slot, random_adapter(self._config, rank, seed=slot))
+
+    def put_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Gives a slot of the bank to an adapter."""
+        self._bank.put(slot, adapter)
 
     def keep_hidden(self, slot: int) -> None:
         """Keeps the hidden states of this slot's next prompt, for a contrastive search."""
@@ -436,6 +471,7 @@ class GemmaEngine:
     def step_beams(self, step: BeamStep) -> list[Extension]:
         """The likeliest continuations of a search's beams; see `model.search_slots`."""
         self._check_tokens([beam.token_id for beam in step.beams])
+        self._checked_adapter(step.adapter)
         caches, extensions = self._searches.step_beams(self._states.caches, step)
         self._set_caches(caches)
         return extensions
@@ -443,6 +479,7 @@ class GemmaEngine:
     def step_candidates(self, step: CandidateStep) -> Choice | None:
         """The best of a search's candidates; see `model.search_slots`."""
         self._check_tokens(step.token_ids)
+        self._checked_adapter(step.adapter)
         caches, choice = self._searches.step_candidates(self._states.caches, step)
         self._set_caches(caches)
         return choice
@@ -462,6 +499,7 @@ class GemmaEngine:
 
     def _check_chunk(self, chunk: PromptChunk, *, is_alone: bool) -> None:
         self._check_tokens(chunk.token_ids)
+        self._checked_adapter(chunk.adapter)
         num_tokens, context = len(chunk.token_ids), self._options.context_tokens
         longest = BLOCK_TOKENS if is_alone else PACKED_TOKENS
         end = chunk.start + num_tokens
@@ -486,6 +524,14 @@ class GemmaEngine:
                 f"There is no layer {question.layer}; they are {EMBEDDING_LAYER} to "
                 f"{self._config.num_layers - 1}."
             )
+
+    def _checked_adapter(self, slot: int) -> int:
+        """A slot that the bank lacks would be taken for the base."""
+        if not 0 <= slot <= self._bank.num_slots:
+            raise ValueError(
+                f"There is no adapter slot {slot}; the bank has {self._bank.num_slots}."
+            )
+        return slot
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         """JAX clamps a bad index silently, so none may get there."""

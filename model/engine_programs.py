@@ -7,8 +7,8 @@
 * ``copy``: blocks of one slot into another slot, all layers;
 * ``take`` and ``put``: one block of a slot, all layers, out of the caches and back.
 
-Those of searches are in `model.searches`, that of scores in `model.scores`, and that of
-interventions in chunks in `model.chunk_stream`.
+Those of searches are in `model.searches`, that of scores in `model.scores`, that of adapters in
+`model.adapter_bank`, and that of interventions in chunks in `model.chunk_stream`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from model.adapter_bank import AdapterBank
 from model.config import GemmaConfig
 from model.decode import RuleRows, SlotStates, decode_steps
 from model.gemma.block import LayerTraits
@@ -61,6 +62,7 @@ class ProgramSet:
         states: Of the slots.
         rules_of: `RuleRows` of fillers only, for a number of rows.
         interventions_of: `DrawingInterventions` of none, for a number of rows.
+        bank: Of adapters.
         is_native: Decode steps use the native kernels.
         num_slots: In which sequences are decoded.
     """
@@ -73,6 +75,7 @@ class ProgramSet:
         states: SlotStates,
         rules_of: Callable[[int], RuleRows],
         interventions_of: Callable[[int], DrawingInterventions],
+        bank: AdapterBank,
         *,
         is_native: bool,
         num_slots: int,
@@ -83,6 +86,7 @@ class ProgramSet:
         self._states = states
         self._rules_of = rules_of
         self._interventions_of = interventions_of
+        self._bank = bank
         self._is_native = is_native
         self._num_slots = num_slots
 
@@ -117,6 +121,7 @@ class ProgramSet:
             (
                 *(*model, numbers, numbers),
                 *(self._rules_of(rows), self._interventions_of(rows), _integers()),
+                *(self._bank.arrays, numbers),
             ),
             donated=(2,),
         )
@@ -125,11 +130,12 @@ class ProgramSet:
         cache = self._states.caches[layer]
         x = jax.ShapeDtypeStruct((1, bucket, self._config.hidden_dim), jnp.float32)
         each = _integers(num_packed(bucket))
-        rows = ChunkRows(_integers(1, bucket), each, each, each, each, _integers())
+        rows = ChunkRows(_integers(1, bucket), each, each, each, each, _integers(), each)
+        bank = (self._bank.layer(layer), self._bank.ranks)
         return ProgramSpec(
             f"block[{bucket},{cache.num_positions}]",
             partial(prefill_block, self._config, is_native=self._is_native),
-            (self._weights.blocks[layer], self._traits[layer], cache, x, rows),
+            (self._weights.blocks[layer], self._traits[layer], cache, x, rows, *bank),
             donated=(2, 3),
         )
 

@@ -7,6 +7,7 @@
     + PresetFileInvalid           a file is truncated, malformed or does not fit the config
     + PresetDownloadFailed        a hub refused, was not reached, or the disk is full
     + UnsupportedPreset           a well-formed file of a kind that is not served
+    + AdapterUnfit                an adapter that this model or this service cannot take
   x SelfTestFailed                answers would depend on what else runs on this machine
   x KernelsUnavailable            native kernels were asked for and cannot be used here
   x RequestInvalid                another request is needed
@@ -41,6 +42,10 @@ class PresetDownloadFailed(PresetError):
 
 class UnsupportedPreset(PresetError):
     """The file is well formed but holds an architecture or a format that is not served."""
+
+
+class AdapterUnfit(PresetError):
+    """An adapter is not the one that was named, or there is no place for one like it."""
 
 
 class SelfTestFailed(ModelError):

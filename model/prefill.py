@@ -5,18 +5,20 @@ the chunk, then one per layer. Layers whose cache has the same number of positio
 as their weights and traits are arguments; and between two layers the engine can pause.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from model.adapter_bank import bank_terms
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, block
 from model.gemma.cached_attention import PackedPrompts
 from model.gemma.forward import scale_embeddings
 from model.gemma.kv_cache import LayerCache
+from model.gemma.low_rank import BankPair, prompt_slots
 from model.gemma.slot_tokens import SlotTokens, slots_of_prompts
 from model.gemma.weights import BlockWeights
 from model.slot_memory import BLOCK_TOKENS
@@ -34,7 +36,7 @@ MAX_PACKED_PROMPTS = 32
 class ChunkRows(NamedTuple):
     """Where the tokens of a chunk belong: `model.gemma.cached_attention.PackedPrompts`.
 
-    ``positions`` are those of every token.
+    ``positions`` are those of every token, ``adapters`` the slots of each prompt's adapter.
     """
 
     positions: Int[Array, "1 seq"]
@@ -43,6 +45,7 @@ class ChunkRows(NamedTuple):
     lengths: Int[Array, " prompts"]
     starts: Int[Array, " prompts"]
     num_prompts: Int[Array, ""]
+    adapters: Int[Array, " prompts"]
 
 
 def chunk_of(prompts: Sequence[PromptChunk]) -> tuple[Int[Array, "1 seq"], ChunkRows]:
@@ -51,18 +54,19 @@ def chunk_of(prompts: Sequence[PromptChunk]) -> tuple[Int[Array, "1 seq"], Chunk
     bucket = next(size for size in CHUNK_BUCKETS if size >= num_tokens)
     token_ids = np.zeros((1, bucket), np.int32)
     positions = np.zeros((1, bucket), np.int32)
-    places = np.zeros((4, num_packed(bucket)), np.int32)
+    places = np.zeros((5, num_packed(bucket)), np.int32)
     offset = 0
     for index, prompt in enumerate(prompts):
         end = offset + len(prompt.token_ids)
         token_ids[0, offset:end] = prompt.token_ids
         # Those of the padding go on: it is written behind the last prompt.
         positions[0, offset:] = np.arange(prompt.start, prompt.start + bucket - offset)
-        places[:, index] = prompt.slot, offset, end - offset, prompt.start
+        places[:, index] = prompt.slot, offset, end - offset, prompt.start, prompt.adapter
         offset = end
-    slots, offsets, lengths, starts = map(jnp.asarray, places)
+    slots, offsets, lengths, starts, adapters = map(jnp.asarray, places)
     num_prompts = jnp.asarray(len(prompts), jnp.int32)
-    rows = ChunkRows(jnp.asarray(positions), slots, offsets, lengths, starts, num_prompts)
+    prompts_of = (slots, offsets, lengths, starts, num_prompts, adapters)
+    rows = ChunkRows(jnp.asarray(positions), *prompts_of)
     return jnp.asarray(token_ids), rows
 
 
@@ -85,17 +89,25 @@ def prefill_block(
     cache: LayerCache,
     x: Float[Array, "1 seq width"],
     rows: ChunkRows,
+    bank: Mapping[str, BankPair] | None,
+    ranks: Mapping[str, Int[Array, " slots"]] | None,
     *,
     is_native: bool,
 ) -> tuple[Float[Array, "1 seq width"], LayerCache]:
-    """The residual stream after one block, and the layer's cache with the chunk in it."""
-    _, *prompts = rows
-    placed: PackedPrompts | SlotTokens = PackedPrompts(cache, *prompts)
+    """The residual stream after one block, and the layer's cache with the chunk in it.
+
+    ``bank`` and ``ranks`` are this layer's part of a `model.adapter_bank`, if there is one.
+    """
+    lengths = (rows.offsets, rows.lengths, rows.num_prompts)
+    placed: PackedPrompts | SlotTokens
     if is_native:
-        slots = slots_of_prompts(
-            rows.slots, rows.offsets, rows.lengths, rows.num_prompts, x.shape[1]
+        placed = SlotTokens(cache, *slots_of_prompts(rows.slots, *lengths, x.shape[1]))
+    else:
+        placed = PackedPrompts(
+            cache, rows.slots, rows.offsets, rows.lengths, rows.starts, rows.num_prompts
         )
-        placed = SlotTokens(cache, *slots)
-    x, new_cache = block(config, weights, traits, x, rows.positions, rows=placed)
+    used = prompt_slots(rows.adapters, *lengths, x.shape[1], is_native=is_native)
+    terms = bank_terms(bank, ranks, used)
+    x, new_cache = block(config, weights, traits, x, rows.positions, rows=placed, adapters=terms)
     assert new_cache is not None
     return x, new_cache

@@ -47,6 +47,7 @@ class ScoreChunk:
         wanted: Places in the chunk whose residuals are wanted, ascending.
         touches: Of the request, in order.
         captures: What is captured, after these.
+        adapter: Slot of its adapter; 0 is the base.
     """
 
     slot: int
@@ -55,6 +56,7 @@ class ScoreChunk:
     wanted: tuple[int, ...] = ()
     touches: tuple[Touch, ...] = ()
     captures: tuple[Capture, ...] = ()
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)

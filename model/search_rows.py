@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from model.adapter_bank import BankArrays
 from model.config import GemmaConfig
 from model.decode import ModelRows, advance_rows
 from model.gemma.block import LayerTraits
@@ -54,19 +55,15 @@ def advance_padded(
     positions: Int[Array, " batch"],
     slots: Int[Array, " batch"],
     interventions: RowInterventions,
+    bank: BankArrays | None,
+    adapters: Int[Array, " batch"],
     *,
     is_native: bool,
 ) -> ModelRows:
     """`model.decode.advance_rows` with eight rows of results, whatever the number of rows."""
+    model = (config, weights, traits, caches)
     rows = advance_rows(
-        config,
-        weights,
-        traits,
-        caches,
-        token_ids,
-        positions,
-        slots,
-        interventions,
+        *(*model, token_ids, positions, slots, interventions, bank, adapters),
         is_native=is_native,
     )
     hidden, logits = (pad_rows(x, SEARCH_ROWS) for x in (rows.hidden, rows.logits))

@@ -75,6 +75,7 @@ class BeamStep:
         position: Of the newest token of every beam that is not done.
         num_shared_tokens: So many first tokens are the same in all slots.
         rules: Of the request, at this step.
+        adapter: Slot of its adapter; 0 is the base.
     """
 
     slots: tuple[int, ...]
@@ -82,6 +83,7 @@ class BeamStep:
     position: int
     num_shared_tokens: int
     rules: SearchRules
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class CandidateStep:
         position: Where they are tried.
         alpha: Weight of what is new against what is likely, 0 to 1.
         rules: Of the request, for the candidates that come next.
+        adapter: Slot of its adapter; 0 is the base.
     """
 
     slots: tuple[int, ...]
@@ -118,6 +121,7 @@ class CandidateStep:
     position: int
     alpha: float
     rules: SearchRules
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)

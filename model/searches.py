@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.adapter_bank import AdapterBank
 from model.beam_step import BeamOutputs, BeamRows, extend_beams
 from model.config import GemmaConfig
 from model.contrastive_step import CandidateOutputs, CandidateRows, choose_candidate, keep_chunk
@@ -66,6 +67,7 @@ class Searches:
         programs: Of the engine, filled by it.
         copy_blocks: Gives one slot blocks of another.
         interventions: Makes the arrays that rows take.
+        bank: Of the engine.
         is_native: Products are made by the native kernel.
     """
 
@@ -81,6 +83,7 @@ class Searches:
         programs: dict[str, Callable[..., Any]],
         copy_blocks: CopyBlocks,
         interventions: InterventionArrays,
+        bank: AdapterBank,
         is_native: bool,
     ) -> None:
         self.row_buckets = search_row_buckets(num_slots)
@@ -92,6 +95,7 @@ class Searches:
         self._programs = programs
         self._copy_blocks = copy_blocks
         self._interventions = interventions
+        self._bank = bank
         self._is_native = is_native
         # First slot of a contrastive search -> directions of the hidden states so far.
         self._directions: dict[int, jax.Array] = {}
@@ -101,19 +105,7 @@ class Searches:
         if not self.row_buckets:
             return []
         config, vocab = self._config, self._config.vocabulary_size
-        specs = [
-            ProgramSpec(
-                f"advance[{rows}]",
-                partial(advance_padded, config, is_native=self._is_native),
-                (
-                    *(self._weights, self._traits, caches),
-                    *[_shaped((rows,), jnp.int32)] * 3,
-                    self._interventions.of_rows((), rows),
-                ),
-                donated=(2,),
-            )
-            for rows in self.row_buckets
-        ]
+        specs = [self._advance_spec(caches, rows) for rows in self.row_buckets]
         logits = _shaped((SEARCH_ROWS, vocab), jnp.float32)
         hidden = _shaped((SEARCH_ROWS, config.hidden_dim), jnp.float32)
         directions = _shaped((self._num_positions, config.hidden_dim), jnp.float32)
@@ -138,6 +130,19 @@ class Searches:
                 donated=(1,),
             ),
         ]
+
+    def _advance_spec(self, caches: list[LayerCache], rows: int) -> ProgramSpec:
+        numbers = _shaped((rows,), jnp.int32)
+        model = (self._weights, self._traits, caches)
+        return ProgramSpec(
+            f"advance[{rows}]",
+            partial(advance_padded, self._config, is_native=self._is_native),
+            (
+                *(*model, numbers, numbers, numbers),
+                *(self._interventions.of_rows((), rows), self._bank.arrays, numbers),
+            ),
+            donated=(2,),
+        )
 
     def keep_hidden(self, slot: int) -> None:
         """From now on the hidden states of this slot's prompt are kept."""
@@ -194,6 +199,7 @@ class Searches:
             [0 if beam is None else step.position for beam in live],
             [self._num_cache_slots if beam is None else beam.slot for beam in live],
             step.rules.interventions,
+            step.adapter,
         )
         found: BeamOutputs = jax.device_get(
             self._programs["beam"](
@@ -215,8 +221,10 @@ class Searches:
         """See `model.slots.Engine.step_candidates`."""
         slot = step.slots[0]
         positions = [step.position] * len(step.slots)
-        interventions = step.rules.interventions
-        rows = self.advance(caches, step.token_ids, positions, step.slots, interventions)
+        rows = self.advance(
+            *(caches, step.token_ids, positions, step.slots),
+            *(step.rules.interventions, step.adapter),
+        )
         caches, self._directions[slot], outputs = self._programs["contrastive"](
             rows.caches,
             self._directions[slot],
@@ -248,6 +256,7 @@ class Searches:
         positions: Sequence[int],
         slots: Sequence[int],
         interventions: tuple[Intervention, ...] = (),
+        adapter: int = 0,
     ) -> ModelRows:
         """The model for 1 to 8 rows of one search; results for eight."""
         bucket = next(size for size in self.row_buckets if size >= len(slots))
@@ -259,6 +268,8 @@ class Searches:
             _column(positions, bucket, np.int32, 0),
             _column(slots, bucket, np.int32, self._num_cache_slots),
             self._interventions.of_rows(interventions, bucket),
+            self._bank.arrays,
+            _column([adapter] * len(slots), bucket, np.int32, 0),
         )
         return rows
 

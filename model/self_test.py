@@ -3,7 +3,7 @@
 The programs are written so that they cannot (`model.gemma.padded_rows`, `model.gemma.attention`),
 but that rests on what XLA makes of a product on a kind of processor. So an engine is tried before
 its first request, on its own slots; what they hold afterwards is never seen. Three claims
-here, and two more in `model.search_self_test`:
+here, two more in `model.search_self_test` and two in `model.adapter_self_test`:
 
 * a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
   there, and whatever else is in the chunk: tokens, padding or other prompts;
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from model.adapter_self_test import AdapterSubject, compare_adapters
 from model.errors import SelfTestFailed
 from model.gemma.kv_cache import LayerCache
 from model.intervention_slots import Intervention, StepIntervention
@@ -59,7 +60,7 @@ KeysAndValues = Float32[np.ndarray, "arrays kv_heads head_dim"]
 
 
 @runtime_checkable
-class Subject(SearchSubject, Protocol):
+class Subject(SearchSubject, AdapterSubject, Protocol):
     """An engine, and a look into its slots."""
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None: ...
@@ -97,6 +98,7 @@ def compare_bits(subject: Subject) -> SelfTest:
     num_positions += _compare_copy(subject, num_held)
     num_rows = _compare_rows(subject, token_ids, num_held)
     num_rows += _compare_searches(subject, token_ids, num_held)
+    num_rows += compare_adapters(subject, token_ids)
     return SelfTest(
         row_counts=tuple(info.buckets["decode_rows"]),
         chunk_tokens=tuple(info.buckets["prefill_tokens"]),

@@ -21,7 +21,7 @@ Only the standard library is imported here, so that a fake engine is a few lines
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from model.intervention_slots import StepIntervention, Touch
 from model.kernels.choice import KernelChoice
@@ -45,6 +45,8 @@ class EngineOptions:
         cache_dir: Converted weights and compiled programs.
         prefix_cache_bytes: For blocks of prompts that later prompts may begin with; 0 keeps none.
         kernels: Whether native kernels compute where they can be used, must, or may not.
+        adapter_slots: Adapters that may be used at once, beside the base; none: there are none.
+        adapter_max_rank: That an adapter may have.
     """
 
     preset: str
@@ -53,6 +55,8 @@ class EngineOptions:
     cache_dir: Path
     prefix_cache_bytes: int = 0
     kernels: KernelChoice = "auto"
+    adapter_slots: int = 0
+    adapter_max_rank: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ class EngineInfo:
     ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
     without ``has_tokenizer`` there are token ids and no text. Up to
     ``packed_prompts`` prompts with no more than ``packed_tokens`` left together may be prefilled
-    together. ``keeps_prefixes`` tells whether `Engine.keep` keeps anything. ``self_test`` is None
+    together. ``adapter_slots`` adapters of at most ``adapter_max_rank`` may be used at once, beside
+    the base. ``keeps_prefixes`` tells whether `Engine.keep` keeps anything. ``self_test`` is None
     for an engine that needs none.
     """
 
@@ -106,6 +111,8 @@ class EngineInfo:
     has_tokenizer: bool = True
     self_test: SelfTest | None = None
     kernels_reason: str | None = None
+    adapter_slots: int = 0
+    adapter_max_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,24 +173,28 @@ class DecodeRow:
         position: Of the newest token; its successor is asked for. If that token was drawn and is
             one that ends the sequence, the row draws nothing more.
         rules: Of its output.
+        adapter: Slot of its adapter; 0 is the base.
     """
 
     slot: int
     position: int
     rules: RowRules
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
     """Consecutive tokens of a prompt; ``start`` is a multiple of ``EngineInfo.chunk_tokens``.
 
-    ``touches`` are those of the request, in order.
+    ``touches`` are those of the request, in order. ``adapter`` is the slot of its adapter; 0 is the
+    base.
     """
 
     slot: int
     token_ids: Sequence[int]
     start: int
     touches: tuple[Touch, ...] = ()
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +212,10 @@ class SampledToken:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     is_finite: bool = True
+
+
+# An adapter that was read; what it is, only the engine knows.
+Adapter = Any
 
 
 @runtime_checkable
@@ -287,6 +302,17 @@ class Engine(Protocol):
 
         Takes 1 to ``info.num_slots`` rows, in any order of slots.
         """
+
+    def read_adapter(self, path: Path, digest: str) -> Adapter:
+        """Opens the file of an adapter version.
+
+        Raises:
+            PresetError: It is missing, has another digest, or does not fit the model; the message
+                names it.
+        """
+
+    def put_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Gives slot 1 to ``info.adapter_slots`` to an adapter, after what was started before."""
 
 
 EngineLoader = Callable[[EngineOptions, Progress], Engine]

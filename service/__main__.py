@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsError
 
 from service import runtime
+from service.adapters import AdapterFileUnreadable, open_adapters
 from service.commands import COMMANDS, Command
 from service.data_directory import DataDirectory, DataDirectoryInUse
 from service.exit_status import Exit, ExitStatus
@@ -118,10 +119,14 @@ def _serve(settings: Settings) -> None:
             f"cannot use {error.filename}: {error.strerror}. "
             "Set GEMMA_DATA_DIR and GEMMA_CACHE_DIR to folders that can be written.",
         ) from error
+    try:
+        adapters = open_adapters(settings.adapter)
+    except AdapterFileUnreadable as error:
+        raise Exit(ExitStatus.BAD_PRESET, str(error)) from error
     host, port = listener.getsockname()[:2]
     _say(json.dumps({"event": "listening", "host": host, "port": port, "pid": os.getpid()}))
     try:
-        asyncio.run(runtime.serve(settings, listener, startup_display()))
+        asyncio.run(runtime.serve(settings, listener, startup_display(), adapters))
     except LoadRefused as refusal:
         raise Exit(ExitStatus.BAD_PRESET, str(refusal)) from refusal
     finally:

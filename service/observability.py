@@ -48,6 +48,9 @@ _GENERATE = "generate"
 _SCORE = "score"
 _OPERATIONS = (_GENERATE, _SCORE)
 _BASE = "base"
+# Names come and go, so that a label for each would have no end.
+_ADAPTER = "adapter"
+_ADAPTERS = (_BASE, _ADAPTER)
 
 
 class Metrics:
@@ -134,6 +137,15 @@ class Metrics:
             ("phase",),
             registry=registry,
         )
+        self.adapters_resident = Gauge(
+            "gemma_adapters_resident", "Adapters that have a slot in the bank.", registry=registry
+        )
+        self.adapter_loads = Counter(
+            "gemma_adapter_loads", "Adapters written into the bank.", registry=registry
+        )
+        self.adapter_evictions = Counter(
+            "gemma_adapter_evictions", "Adapters put out of the bank for others.", registry=registry
+        )
         self.heartbeat_age = Gauge(
             "gemma_worker_heartbeat_age_seconds",
             "Since the worker's last sign of life.",
@@ -161,11 +173,13 @@ class Metrics:
         for operation in _OPERATIONS:
             for metric in (self.requests_running, self.requests_waiting, self.e2e, self.queue_time):
                 metric.labels(operation)
-            self.prompt_tokens.labels(operation, _BASE)
+            for adapter in _ADAPTERS:
+                self.prompt_tokens.labels(operation, adapter)
             for error in leaves():
                 self.failures.labels(operation, error.code)
-        self.cached_tokens.labels(_BASE)
-        self.generation_tokens.labels(_BASE)
+        for adapter in _ADAPTERS:
+            self.cached_tokens.labels(adapter)
+            self.generation_tokens.labels(adapter)
         for reason in _FINISH_REASONS:
             self.successes.labels(_GENERATE, reason)
         self.successes.labels(_SCORE, _DONE)
@@ -214,14 +228,18 @@ class GenerationMeter:
 
     def __init__(self, metrics: Metrics, *, streaming: bool) -> None:
         self._metrics = metrics
+        self._adapter = _BASE
         self._streaming = "true" if streaming else "false"
         self._arrived_at = time.monotonic()
         self._last_token_at: dict[int, float] = {}
         # Looked up once, and not for every token.
-        self._generation_tokens = metrics.generation_tokens.labels(_BASE)
+        self._generation_tokens = metrics.generation_tokens.labels(self._adapter)
 
-    def admitted(self, num_prompt_tokens: int) -> None:
-        self._metrics.prompt_tokens.labels(_GENERATE, _BASE).inc(num_prompt_tokens)
+    def admitted(self, num_prompt_tokens: int, *, has_adapter: bool = False) -> None:
+        if has_adapter:
+            self._adapter = _ADAPTER
+            self._generation_tokens = self._metrics.generation_tokens.labels(_ADAPTER)
+        self._metrics.prompt_tokens.labels(_GENERATE, self._adapter).inc(num_prompt_tokens)
 
     def tokens(self, output: int, count: int) -> None:
         """``count`` new tokens of one output arrived."""
@@ -240,7 +258,7 @@ class GenerationMeter:
         elapsed = time.monotonic() - self._arrived_at
         self._metrics.e2e.labels(_GENERATE).observe(elapsed)
         self._metrics.queue_time.labels(_GENERATE).observe(queue_seconds)
-        self._metrics.cached_tokens.labels(_BASE).inc(num_cached_tokens)
+        self._metrics.cached_tokens.labels(self._adapter).inc(num_cached_tokens)
         for reason in finish_reasons:
             self._metrics.successes.labels(_GENERATE, reason).inc()
         if "timeout" in finish_reasons:
@@ -263,9 +281,12 @@ class ScoreMeter:
         self._metrics = metrics
         self._arrived_at = time.monotonic()
 
-    def finished(self, num_prompt_tokens: int, queue_seconds: float) -> None:
+    def finished(
+        self, num_prompt_tokens: int, queue_seconds: float, *, has_adapter: bool = False
+    ) -> None:
         elapsed = time.monotonic() - self._arrived_at
-        self._metrics.prompt_tokens.labels(_SCORE, _BASE).inc(num_prompt_tokens)
+        adapter = _ADAPTER if has_adapter else _BASE
+        self._metrics.prompt_tokens.labels(_SCORE, adapter).inc(num_prompt_tokens)
         self._metrics.e2e.labels(_SCORE).observe(elapsed)
         self._metrics.queue_time.labels(_SCORE).observe(queue_seconds)
         self._metrics.successes.labels(_SCORE, _DONE).inc()

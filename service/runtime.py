@@ -20,11 +20,14 @@ from pathlib import Path
 
 import uvicorn
 
+from service.adapters import AdapterNames
 from service.api.state import Readiness, ServiceState
 from service.app import create_app
 from service.connection import connection_class
 from service.observability import Metrics
 from service.protocol.messages import (
+    AdapterCounts,
+    AdapterSource,
     Heartbeat,
     Load,
     Progress,
@@ -57,26 +60,31 @@ class Service:
         settings: Of the service.
         url: Under which it is reached.
         display: Shows the start.
+        adapters: That requests may name.
     """
 
-    def __init__(self, settings: Settings, url: str, display: StartupDisplay) -> None:
+    def __init__(
+        self, settings: Settings, url: str, display: StartupDisplay, adapters: AdapterNames
+    ) -> None:
         self._settings = settings
         self._url = url
         self._display = display
         self._metrics = Metrics()
         self._compilations_seen = 0
         self._work_seen = WorkCounts()
+        self._adapters_seen = AdapterCounts()
         self._heartbeat: Heartbeat | None = None
         self._is_draining = False
         self.supervisor = Supervisor(
-            _load_command(settings),
+            _load_command(settings, adapters),
             self,
             step_timeout_seconds=settings.step_timeout_seconds,
             load_timeout_seconds=settings.load_timeout_seconds,
             log_level=settings.log_level,
         )
         self._client = WorkerClient(self.supervisor.send)
-        self.app = create_app(ServiceState(settings, self._client, self, self._metrics))
+        state = ServiceState(settings, self._client, self, self._metrics, adapters)
+        self.app = create_app(state)
 
     @property
     def info(self) -> ServerInfo | None:
@@ -112,6 +120,8 @@ class Service:
         metrics.requests_running.labels("score").set(heartbeat.num_scoring if heartbeat else 0)
         waiting = heartbeat.num_scores_waiting if heartbeat else 0
         metrics.requests_waiting.labels("score").set(waiting)
+        resident = heartbeat.adapters.num_resident if heartbeat else 0
+        metrics.adapters_resident.set(resident)
         metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -142,6 +152,7 @@ class Service:
         is_serving = self.supervisor.state is WorkerState.READY
         self._count_compilations(heartbeat.num_compilations, "serving" if is_serving else "warmup")
         self._count_work(heartbeat.work)
+        self._count_adapters(heartbeat.adapters)
 
     def on_request_event(self, event: RequestEvent) -> None:
         self._client.deliver(event)
@@ -149,6 +160,7 @@ class Service:
     def on_lost(self, reason: str) -> None:
         self._compilations_seen = 0
         self._work_seen = WorkCounts()
+        self._adapters_seen = AdapterCounts()
         self._heartbeat = None
         self._metrics.worker_restarts.inc()
         self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
@@ -163,6 +175,12 @@ class Service:
                 new = getattr(work, name) - getattr(before, name)
                 self._metrics.computed_tokens.labels(kind, use).inc(new)
 
+    def _count_adapters(self, counts: AdapterCounts) -> None:
+        """What is new since the last heartbeat."""
+        before, self._adapters_seen = self._adapters_seen, counts
+        self._metrics.adapter_loads.inc(counts.num_loads - before.num_loads)
+        self._metrics.adapter_evictions.inc(counts.num_evictions - before.num_evictions)
+
     def _count_compilations(self, total: int, phase: str) -> None:
         self._metrics.compilations.labels(phase).inc(max(total - self._compilations_seen, 0))
         self._compilations_seen = max(total, self._compilations_seen)
@@ -176,13 +194,18 @@ class Server(uvicorn.Server):
         yield
 
 
-async def serve(settings: Settings, listener: socket.socket, display: StartupDisplay) -> None:
+async def serve(
+    settings: Settings,
+    listener: socket.socket,
+    display: StartupDisplay,
+    adapters: AdapterNames,
+) -> None:
     """Runs until a signal.
 
     Raises:
         LoadRefused: The preset cannot be served; the message is one line for the operator.
     """
-    service = Service(settings, _url(listener), display)
+    service = Service(settings, _url(listener), display, adapters)
     config = uvicorn.Config(
         service.app,
         http=connection_class(settings.stream_stall_seconds),
@@ -249,7 +272,7 @@ async def _stop_on_signal(service: Service, server: Server, drain_seconds: float
     server.should_exit = True
 
 
-def _load_command(settings: Settings) -> Load:
+def _load_command(settings: Settings, adapters: AdapterNames) -> Load:
     return Load(
         engine=settings.engine,
         preset=settings.preset,
@@ -260,6 +283,11 @@ def _load_command(settings: Settings) -> Load:
         max_queued_tokens=settings.queue_tokens,
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kernels=settings.kernels,
+        adapter_slots=settings.adapter_slots,
+        adapter_max_rank=settings.adapter_max_rank,
+        adapters=tuple(
+            AdapterSource(version.digest, str(version.path)) for version in adapters.versions
+        ),
     )
 
 

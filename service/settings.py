@@ -10,10 +10,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.adapters import ADAPTER_NAME
+
 _APPLICATION = "gemma-service"
+_ADAPTER = rf"^{ADAPTER_NAME}=.+$"
 
 
 def _xdg_directory(variable: str, fallback: str) -> Path:
@@ -75,6 +78,15 @@ class Settings(BaseSettings):
         "auto",
         description="auto: native kernels where there are any; native: no start without; xla: no.",
     )
+    adapter: list[Annotated[str, StringConstraints(pattern=_ADAPTER)]] = Field(
+        default_factory=list,
+        max_length=1024,
+        description="NAME=PATH of a .lora.h5 file, served as gemma:NAME; may be given repeatedly.",
+    )
+    adapter_slots: int = Field(
+        16, ge=0, le=256, description="Adapters in memory at once; 0 serves the base alone."
+    )
+    adapter_max_rank: int = Field(16, ge=1, le=64, description="Highest rank of an adapter.")
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
     )
@@ -123,6 +135,16 @@ class Settings(BaseSettings):
         None,
         description="Whether to serve /docs and /openapi.json; left out: on loopback hosts only.",
     )
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> "Settings":
+        names = [given.partition("=")[0] for given in self.adapter]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"--adapter names {twice[0]} twice")
+        if names and not self.adapter_slots:
+            raise ValueError("--adapter needs --adapter-slots of at least 1")
+        return self
 
     @property
     def serves_docs(self) -> bool:

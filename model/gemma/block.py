@@ -18,6 +18,7 @@ from model.gemma import masks
 from model.gemma.attention import attend
 from model.gemma.cached_attention import PackedPrompts, SlotRows, attend_prompts, attend_rows
 from model.gemma.kv_cache import LayerCache
+from model.gemma.low_rank import BankTerm
 from model.gemma.norms import rms_norm
 from model.gemma.padded_rows import StepRows
 from model.gemma.projection import AdapterTerm, projection
@@ -66,7 +67,7 @@ def block(
     padding_mask: Bool[Array, "batch seq"] | None = None,
     sequences: Int[Array, "batch seq"] | None = None,
     rows: SlotRows | PackedPrompts | SlotTokens | None = None,
-    adapters: Mapping[str, AdapterTerm] | None = None,
+    adapters: Mapping[str, AdapterTerm | BankTerm] | None = None,
     intervene: Intervention | None = None,
 ) -> tuple[Float[Array, "batch seq width"], LayerCache | None]:
     """The residual stream after this block, and the layer's cache if there is one.
@@ -90,8 +91,7 @@ def block(
     assert sum(each is not None for each in given) == 1, "a block needs one of them"
     adapters = adapters or {}
     if isinstance(rows, SlotTokens):
-        assert not adapters, "the native kernel has no adapters"
-        x, cache = advance_tokens(config, weights, *traits, x, positions, rows)
+        x, cache = advance_tokens(config, weights, *traits, x, positions, rows, adapters)
         return (x if intervene is None else intervene(x)), cache
     step = rows.step if isinstance(rows, SlotRows) else None
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
@@ -133,7 +133,7 @@ Project = Callable[[str, Array], Array]
 
 def _project(
     weights: BlockWeights,
-    adapters: Mapping[str, AdapterTerm],
+    adapters: Mapping[str, AdapterTerm | BankTerm],
     step: StepRows | None,
     field: str,
     x: Float[Array, "batch seq in_width"],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from model.gemma.low_rank import BankTerm, add_adapters
 from model.gemma.padded_rows import StepRows, padded_again, real_rows
 from model.kernels.product import product
 
@@ -30,7 +31,7 @@ class AdapterTerm(NamedTuple):
 def projection(
     x: Float[Array, "batch seq in_width"],
     kernel: Float[Array, "out_width in_width"],
-    adapter: AdapterTerm | None = None,
+    adapter: AdapterTerm | BankTerm | None = None,
     *,
     rows: StepRows | None = None,
 ) -> Float[Array, "batch seq out_width"]:
@@ -44,7 +45,7 @@ def projection(
 def real_projection(
     x: Float[Array, "batch seq in_width"],
     kernel: Float[Array, "out_width in_width"],
-    adapter: AdapterTerm | None = None,
+    adapter: AdapterTerm | BankTerm | None = None,
     *,
     rows: StepRows | None = None,
 ) -> Float[Array, "batch seq out_width"]:
@@ -56,6 +57,9 @@ def real_projection(
     else:
         transposed = jax.lax.dot_general(kernel, columns, (((1,), (1,)), ((), ())))  # [out, B·L]
         flat = jax.lax.optimization_barrier(transposed).T
+    if isinstance(adapter, BankTerm):
+        flat = add_adapters(flat, columns, adapter)
+        adapter = None
     y = flat.reshape(batch, seq, kernel.shape[0])
     if adapter is None:
         return y

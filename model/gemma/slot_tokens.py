@@ -5,6 +5,7 @@ in the same order, but for how sums are ordered. It needs no padding: the bits o
 neither on how many there are nor on their places.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from model.config import GemmaConfig
 from model.gemma.kv_cache import LayerCache
+from model.gemma.low_rank import BankTerm, TokenSlots
+from model.gemma.projection import AdapterTerm
 from model.gemma.weights import BlockWeights
 from model.kernels.block import native_block
 
@@ -36,6 +39,7 @@ def advance_tokens(
     x: Float[Array, "batch seq width"],
     positions: Int[Array, "batch seq"],
     tokens: SlotTokens,
+    adapters: Mapping[str, AdapterTerm | BankTerm],
 ) -> tuple[Float[Array, "batch seq width"], LayerCache]:
     """The residual stream after a block, and the layer's cache with the tokens in it."""
     after, keys, values = native_block(
@@ -47,11 +51,33 @@ def advance_tokens(
         frequencies,
         *tokens.cache,
         weights,
+        _bank_arguments(adapters),
         epsilon=config.norm_epsilon,
         query_scale=config.query_scale,
         logit_cap=config.attention_soft_cap,
     )
     return after.reshape(x.shape), LayerCache(keys, values)
+
+
+# Projections in the order in which the call takes their pairs.
+_TARGETS = (
+    *("query", "key", "value", "attention_output"),
+    *("ffw_gating", "ffw_gating_2", "ffw_linear"),
+)
+
+
+def _bank_arguments(adapters: Mapping[str, AdapterTerm | BankTerm]) -> list[Array]:
+    """The slot of each token, and A, B and ranks of each projection; nothing without a bank."""
+    if not adapters:
+        return []
+    terms = []
+    for target in _TARGETS:
+        term = adapters[target]
+        assert isinstance(term, BankTerm), "the native kernel takes a bank"
+        terms.append(term)
+    used = terms[0].used
+    assert isinstance(used, TokenSlots), "of each token"
+    return [used.slots, *(array for term in terms for array in (*term.pair, term.ranks))]
 
 
 def slots_of_prompts(

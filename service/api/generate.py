@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from service.adapters import ServedModel
 from service.api import sse
 from service.api.answers import OutputCollector, done_event, seeds, token_event
 from service.api.clients import answer_unless_left, check_accept
@@ -36,6 +37,7 @@ from service.errors import (
     InvalidField,
     Loading,
     MalformedJson,
+    ModelNotFound,
     NotAcceptable,
     NumericalError,
     QueueFull,
@@ -74,6 +76,7 @@ _TENANT = "default"
         },
         **error_responses(
             MalformedJson,
+            ModelNotFound,
             NotAcceptable,
             BodyTimeout,
             BodyTooLarge,
@@ -94,8 +97,9 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Any
     """Generates text from one or several prompts."""
     check_accept(request, sse.MEDIA_TYPE if body.stream else "application/json")
     meter = GenerationMeter(state.metrics, streaming=body.stream)
-    command = _command(body, state)
     try:
+        model = state.model(body.model)
+        command = _command(body, state, model)
         if state.view.readiness().reason == "draining":
             raise Draining("The service is stopping and takes no new work.")
         generation = await state.worker.start(command)
@@ -105,8 +109,9 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Any
     except BaseException:
         meter.abandoned()
         raise
-    meter.admitted(sum(generation.accepted.num_prompt_tokens))
-    answer = Answer(body, command, generation, state, meter, request_id(request.scope))
+    num_prompt_tokens = sum(generation.accepted.num_prompt_tokens)
+    meter.admitted(num_prompt_tokens, has_adapter=model.adapter is not None)
+    answer = Answer(body, command, model, generation, state, meter, request_id(request.scope))
     if body.stream:
         return GenerationStream(answer)
     return await _whole(answer, request)
@@ -119,6 +124,7 @@ class Answer:
         self,
         body: GenerateRequest,
         command: Generate,
+        model: ServedModel,
         generation: Generation,
         state: ServiceState,
         meter: GenerationMeter,
@@ -126,7 +132,7 @@ class Answer:
     ) -> None:
         self.id = command.request_id
         self.http_request_id = http_request_id
-        self.model = state.settings.served_name
+        self.model = model.name
         self.num_choices = body.n
         self.seeds = seeds(command)
         self.generation = generation
@@ -247,7 +253,7 @@ async def _frames(answer: Answer) -> AsyncIterator[bytes]:
     )
 
 
-def _command(body: GenerateRequest, state: ServiceState) -> Generate:
+def _command(body: GenerateRequest, state: ServiceState, model: ServedModel) -> Generate:
     prompts = tuple(
         prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompts()
     )
@@ -256,7 +262,7 @@ def _command(body: GenerateRequest, state: ServiceState) -> Generate:
         request_id=f"gen_{uuid4().hex}",
         tenant=_TENANT,
         deadline=time.monotonic() + _seconds_allowed(body, state),
-        adapter=None,
+        adapter=model.adapter,
         prompts=prompts,
         num_choices=body.n,
         sampling=SamplingParameters(

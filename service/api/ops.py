@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api import intervention_schemas, schemas, score_schemas
-from service.api.schemas import Health, Info, Ready, SelfTestResult
+from service.api.schemas import AdapterLimits, Health, Info, Ready, SelfTestResult
 from service.api.state import State
 from service.errors import Loading, WorkerRestarting, error_responses
 from service.protocol.messages import SelfTest
@@ -70,6 +70,7 @@ async def info(state: State) -> Info:
         programs=list(loaded.programs),
         self_test=_self_test(loaded.self_test),
         defaults=_defaults(),
+        adapters=AdapterLimits(slots=loaded.adapter_slots, max_rank=loaded.adapter_max_rank),
         version=VERSION,
     )
 

@@ -24,6 +24,8 @@ MAX_PROMPTS = 64
 MAX_COMPLETIONS = 64
 MAX_VOCABULARY = 1_048_576
 MAX_STOP_BYTES = 64
+# A served name, the name of an adapter, its version and what stands between them.
+MAX_MODEL_NAME = 140
 MAX_BIASES = 300
 MAX_BIAS = 100
 # Beams, and candidates of contrastive search.
@@ -109,6 +111,7 @@ Prompt = Annotated[
     PlainValidator(_check_prompt),
     WithJsonSchema(_PROMPT_SCHEMA),
 ]
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_NAME)]
 TokenId = Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]
 StopString = Annotated[
     str,
@@ -164,6 +167,11 @@ _UNUSED_BY = {
 class GenerateRequest(_Model):
     """One or more prompts and how to continue them."""
 
+    model: ModelName | None = Field(
+        None,
+        description="`gemma`, the base, which it is if left out; `gemma:tone`, the live version of "
+        "an adapter; `gemma:tone@1`, that version.",
+    )
     prompt: Prompt = Field(
         description="A text, a list of texts, the token ids of one prompt, or a list of those. "
         "`<bos>` is put in front of text, and token ids are taken as they are. "
@@ -436,6 +444,13 @@ class SelfTestResult(_Model):
     comparisons: int = Field(description="Rows and positions whose bits were compared.")
 
 
+class AdapterLimits(_Model):
+    """What there is room for."""
+
+    slots: int = Field(description="Adapters that may be in use at once, beside the base.")
+    max_rank: int = Field(description="Rank that an adapter may have; 0 where there are no slots.")
+
+
 class Info(_Model):
     """What is served, on what, and within which limits."""
 
@@ -473,4 +488,5 @@ class Info(_Model):
         "model that needs no such test."
     )
     defaults: dict[str, Any]
+    adapters: AdapterLimits
     version: str

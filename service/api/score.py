@@ -14,6 +14,7 @@ from uuid import uuid4
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from service.adapters import ServedModel
 from service.api.clients import answer_unless_left, check_accept
 from service.api.route import StrictRoute
 from service.api.schemas import TopLogprob
@@ -40,6 +41,7 @@ from service.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     Draining,
+    FieldError,
     InternalError,
     InvalidField,
     Loading,
@@ -103,9 +105,9 @@ async def score(body: ScoreRequest, request: Request, state: State) -> Response:
     """Scores targets behind a context, whole texts, or token ids."""
     check_accept(request, "application/json")
     meter = ScoreMeter(state.metrics)
-    command = _command(body, state)
     try:
-        _check_models(body, state)
+        model = _model(body, state)
+        command = _command(body, state, model)
         if state.view.readiness().reason == "draining":
             raise Draining("The service is stopping and takes no new work.")
         scoring = await state.worker.score(command)
@@ -116,7 +118,7 @@ async def score(body: ScoreRequest, request: Request, state: State) -> Response:
         meter.abandoned()
         raise
     with closing(_Measured(scoring, meter)) as measured:
-        return await answer_unless_left(request, _answer(measured, body, state))
+        return await answer_unless_left(request, _answer(measured, body, model))
 
 
 class _Measured:
@@ -133,14 +135,18 @@ class _Measured:
         self.scoring.close()
 
 
-async def _answer(measured: _Measured, body: ScoreRequest, state: ServiceState) -> Response:
+async def _answer(measured: _Measured, body: ScoreRequest, model: ServedModel) -> Response:
     try:
         scored = await measured.scoring.scored()
     except ServiceError as error:
         measured.meter.failed(error.code)
         raise
-    response = _response(scored, body, state.settings.served_name)
-    measured.meter.finished(response.usage.prompt_tokens, scored.timings.queue_seconds)
+    response = _response(scored, body, model.name)
+    measured.meter.finished(
+        response.usage.prompt_tokens,
+        scored.timings.queue_seconds,
+        has_adapter=model.adapter is not None,
+    )
     return Response(
         response.model_dump_json(exclude_unset=True),
         media_type="application/json",
@@ -148,21 +154,24 @@ async def _answer(measured: _Measured, body: ScoreRequest, state: ServiceState) 
     )
 
 
-def _check_models(body: ScoreRequest, state: ServiceState) -> None:
-    """So far one model is served, under one name."""
-    named = body.models or ([] if body.model is None else [body.model])
-    if any(name != state.settings.served_name for name in named):
-        raise ModelNotFound("No model of that name is served; /info has the name of the one.")
+def _model(body: ScoreRequest, state: ServiceState) -> ServedModel:
+    """The one that is to score. A name that nothing has is told before there are too many."""
+    names: list[str | None] = [*body.models] if body.models else [body.model]
+    models = [state.model(name) for name in names]
+    if len(models) > 1:
+        detail = "should have one model; several are not compared yet"
+        raise InvalidField(detail, errors=(FieldError("/models", detail),))
+    return models[0]
 
 
-def _command(body: ScoreRequest, state: ServiceState) -> Score:
+def _command(body: ScoreRequest, state: ServiceState, model: ServedModel) -> Score:
     limit = state.settings.request_timeout_seconds
     seconds = limit if body.timeout_s is None else min(body.timeout_s, limit)
     return Score(
         request_id=f"sco_{uuid4().hex}",
         tenant=_TENANT,
         deadline=time.monotonic() + seconds,
-        adapter=None,
+        adapter=model.adapter,
         inputs=tuple(_input(each) for each in body.inputs),
         tells_tokens=body.tells_tokens or "logits" in body.return_,
         num_top=body.top,

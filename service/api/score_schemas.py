@@ -9,6 +9,7 @@ from service.api.schemas import (
     MAX_FIELDS,
     MAX_TOKENS,
     MAX_VOCABULARY,
+    ModelName,
     TokenLogprob,
     _check_token_ids,
     _Model,
@@ -28,7 +29,6 @@ MAX_ATTRIBUTION_WORK = 32_768
 MAX_ATTRIBUTION_BYTES = 8 * 1024 * 1024
 # More than any model has; the worker knows how many there are.
 _MAX_LAYERS = 1024
-_MAX_NAME = 128
 _TOKEN_FIELDS = ("tokens", "top")
 
 
@@ -68,7 +68,6 @@ _Mask = Annotated[
     PlainValidator(_check_mask),
     WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 1}}),
 ]
-_Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
 # Which fields stand together.
 _KINDS: dict[str, tuple[str, ...]] = {
     "context": ("targets",),
@@ -193,9 +192,11 @@ class AttributionRequest(_Model):
 class ScoreRequest(_Model):
     """Inputs, and what is to be told of their targets."""
 
-    model: _Name | None = Field(None, description="The model; left out, the one that is served.")
-    models: Annotated[list[_Name], Field(min_length=1, max_length=MAX_MODELS)] | None = Field(
-        None, description="The same as a list; in place of `model`. No name may come twice."
+    model: ModelName | None = Field(
+        None, description="As in `/generate`: the base, or an adapter version; left out, the base."
+    )
+    models: Annotated[list[ModelName], Field(min_length=1, max_length=MAX_MODELS)] | None = Field(
+        None, description="The same as a list of one; in place of `model`."
     )
     inputs: list[ScoreInput] = Field(
         min_length=1, max_length=MAX_INPUTS, description="Each is scored for itself."

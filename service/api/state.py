@@ -1,10 +1,11 @@
 """What the routes need of the service, handed to them by the application."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, cast
 
 from fastapi import Depends, Request
 
+from service.adapters import AdapterNames, ServedModel
 from service.observability import Metrics
 from service.protocol.messages import ServerInfo
 from service.settings import Settings
@@ -42,6 +43,15 @@ class ServiceState:
     worker: WorkerClient
     view: WorkerView
     metrics: Metrics
+    adapters: AdapterNames = field(default_factory=AdapterNames)
+
+    def model(self, name: str | None) -> ServedModel:
+        """What a request names; the base if it names nothing.
+
+        Raises:
+            ModelNotFound: Nothing has that name.
+        """
+        return self.adapters.resolve(self.settings.served_name, name)
 
 
 # Async, or FastAPI would call it in a thread of a pool, for every request.

@@ -115,6 +115,13 @@ class Capture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- commands ---------------------------------------------------------------------------------
 
 
+class AdapterSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A version of an adapter: the digest that names it, and its file."""
+
+    digest: str
+    path: str
+
+
 class Load(Message, frozen=True):
     """The first command: which engine to load, and how.
 
@@ -128,6 +135,9 @@ class Load(Message, frozen=True):
         max_queued_tokens: Prompt tokens that may wait for a slot.
         prefix_cache_bytes: For blocks of prompts that later prompts may begin with; 0 keeps none.
         kernels: Whether native kernels compute where they can be used, must, or may not.
+        adapter_slots: Adapters that may be used at once; none: there is no bank for them.
+        adapter_max_rank: That an adapter may have.
+        adapters: Versions that requests may name, read before the worker is ready.
     """
 
     engine: str
@@ -139,6 +149,9 @@ class Load(Message, frozen=True):
     max_queued_tokens: int
     prefix_cache_bytes: int = 0
     kernels: KernelChoice = "auto"
+    adapter_slots: int = 0
+    adapter_max_rank: int = 16
+    adapters: tuple[AdapterSource, ...] = ()
 
 
 class Generate(Message, frozen=True):
@@ -303,6 +316,8 @@ class ServerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     programs: tuple[str, ...]
     has_tokenizer: bool
     self_test: SelfTest | None
+    adapter_slots: int = 0
+    adapter_max_rank: int = 0
 
 
 class Ready(Message, frozen=True):
@@ -502,6 +517,14 @@ class WorkCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     score_padding: int = 0
 
 
+class AdapterCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Adapters in the bank; how many were written into it, and put out, since the start."""
+
+    num_resident: int = 0
+    num_loads: int = 0
+    num_evictions: int = 0
+
+
 class Heartbeat(Message, frozen=True):
     """The worker's loop, seen from another of its threads.
 
@@ -516,6 +539,7 @@ class Heartbeat(Message, frozen=True):
         work: Tokens computed since then.
         num_scoring: Requests of scores that are being read.
         num_scores_waiting: Those admitted of which nothing has been read.
+        adapters: Of the bank.
     """
 
     turn: int
@@ -528,6 +552,7 @@ class Heartbeat(Message, frozen=True):
     work: WorkCounts = WorkCounts()
     num_scoring: int = 0
     num_scores_waiting: int = 0
+    adapters: AdapterCounts = AdapterCounts()
 
 
 Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Scored | Failed | Heartbeat

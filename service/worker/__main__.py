@@ -36,6 +36,7 @@ from service.protocol.messages import (
     Score,
 )
 from service.worker import translate
+from service.worker.adapter_desk import AdapterDesk
 from service.worker.admission import Admission, AdmittedRequest, Refusal
 from service.worker.channel import ConnectionClosed, Writer, read_frame
 from service.worker.loop import Arrival, Loop, LoopStatus
@@ -69,6 +70,8 @@ class Worker:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
             engine = self._load(load)
+            adapters = AdapterDesk(engine, load.adapters)
+            adapters.open_all()
         except (PresetError, SelfTestFailed, KernelsUnavailable) as error:
             return self._refuse_to_load(str(error), is_permanent=True)
         except Exception as error:
@@ -81,10 +84,12 @@ class Worker:
             engine.codec,
             max_requests=load.max_queued_requests,
             max_tokens=load.max_queued_tokens,
+            adapters=adapters.digests,
         )
         self._writer.send([Ready(translate.server_info(engine.info), engine.num_compilations)])
+        arguments = (engine, self._admission, self._arrivals, self._writer.send, self._status)
         try:
-            Loop(engine, self._admission, self._arrivals, self._writer.send, self._status).run()
+            Loop(*arguments, adapters=adapters).run()
         except Exception:
             # The caches may be gone with the failed step, so a fresh process is the way back.
             log.exception("the loop failed")
@@ -176,6 +181,7 @@ class Worker:
                 work=self._status.work,
                 num_scoring=self._status.num_scoring,
                 num_scores_waiting=0 if admission is None else admission.num_scores_waiting,
+                adapters=self._status.adapters,
             )
             self._writer.send_if_room([beat])
             time.sleep(_HEARTBEAT_SECONDS)

@@ -110,11 +110,19 @@ class Admission:
         codec: Of the engine.
         max_requests: Requests that may wait for a slot.
         max_tokens: Prompt tokens that may wait for a slot.
+        adapters: Digests of the adapter versions that may be asked for.
     """
 
     def __init__(
-        self, info: EngineInfo, codec: TextCodec, *, max_requests: int, max_tokens: int
+        self,
+        info: EngineInfo,
+        codec: TextCodec,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        adapters: frozenset[str] = frozenset(),
     ) -> None:
+        self._adapters = adapters
         self._prefix_keys = PrefixKeys(info.preset_digest, info.chunk_tokens)
         self._score_inputs = ScoreInputs(info, codec)
         self._info = info
@@ -151,6 +159,7 @@ class Admission:
         Raises:
             Refusal: It is invalid, too long, or there is no room for it.
         """
+        self._check_adapter(command)
         prompts = [
             self._token_ids(command, index, prompt) for index, prompt in enumerate(command.prompts)
         ]
@@ -196,6 +205,7 @@ class Admission:
         Raises:
             Refusal: It is invalid, too long, or there is no room for it.
         """
+        self._check_adapter(command)
         try:
             inputs = self._score_inputs.plan(command)
             questions = attribution_questions(command, inputs, self._info)
@@ -240,6 +250,12 @@ class Admission:
             raise _refusal(command, "invalid_field", "The prompt has no token.", pointer)
         self._check_vocabulary(command, prompt, pointer)
         return prompt
+
+    def _check_adapter(self, command: Generate | Score) -> None:
+        """The API process knows names; a digest that is not here must never become the base."""
+        if command.adapter is not None and command.adapter not in self._adapters:
+            detail = "This adapter version is not here."
+            raise _refusal(command, "model_not_found", detail, None)
 
     def _check_stop_strings(self, command: Generate) -> None:
         if command.stop.strings and self._codec.bos_id is None:
@@ -323,6 +339,7 @@ class Admission:
             tenant=command.tenant,
             priority=command.priority,
             cost_tokens=len(prompt) + stops[prompt_index].max_tokens,
+            adapter=command.adapter,
         )
         return Completion(
             row=row,

@@ -95,7 +95,7 @@ class Completion:
         assert self.row.slot is not None, "only a row with a slot decodes"
         position = len(self.prompt) - 1 + self._num_steps
         self._num_steps = min(self._num_steps + num_steps, self._stop.max_tokens)
-        return DecodeRow(self.row.slot, position, self._rules)
+        return DecodeRow(self.row.slot, position, self._rules, self.row.adapter_slot)
 
     def banned_ids(self, num_tokens: int) -> tuple[int, ...]:
         """What must not come behind ``num_tokens`` tokens: an end that is too early."""

@@ -14,14 +14,17 @@ not wait for detokenising and sending. What it computes for a row that has just 
 away.
 """
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from model.attribution_questions import AttributionEngine
+from model.errors import ModelError
 from model.slots import Dispatch, PromptChunk, SampledToken
 from service.protocol.messages import (
+    AdapterCounts,
     Cancel,
     Event,
     Failed,
@@ -32,6 +35,7 @@ from service.protocol.messages import (
     Timings,
     WorkCounts,
 )
+from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
 from service.worker.admission import Admission, AdmittedRequest
 from service.worker.completion import Completion
 from service.worker.pace import Pace
@@ -56,6 +60,8 @@ from service.worker.score_request import ScoreRequest
 from service.worker.search import SearchRun
 from service.worker.work_done import WorkDone
 
+log = logging.getLogger(__name__)
+
 Arrival = AdmittedRequest | ScoreRequest | Cancel
 # Bounds how late a deadline is noticed while nothing else happens.
 _IDLE_WAIT_SECONDS = 0.2
@@ -76,6 +82,7 @@ class LoopStatus:
         self.num_running = 0
         self.num_scoring = 0
         self.work = WorkCounts()
+        self.adapters = AdapterCounts()
         self._phase: tuple[Phase, float] = ("start", time.monotonic())
 
     @property
@@ -99,6 +106,7 @@ class Loop:
         send: Takes the events of one turn.
         status: Read by the heartbeat.
         pace: How long a turn may take.
+        adapters: None: there are none.
     """
 
     def __init__(
@@ -109,8 +117,10 @@ class Loop:
         send: Callable[[list[Event]], None],
         status: LoopStatus,
         pace: Pace | None = None,
+        adapters: AdapterDesk | None = None,
     ) -> None:
         self._engine = engine
+        self._adapters = adapters or AdapterDesk(engine)
         self._admission = admission
         self._arrivals = arrivals
         self._send = send
@@ -121,7 +131,7 @@ class Loop:
         self._pace = pace or Pace()
         self._work = WorkDone(info.buckets)
         self._prefill = PausedPrefill(engine)
-        self._scores = ScoreDesk(engine, admission, self._work)
+        self._scores = ScoreDesk(engine, admission, self._work, self._adapters)
         self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
         self._completions: dict[RowKey, Completion] = {}
@@ -141,7 +151,7 @@ class Loop:
         if self._scheduler.is_pressed:
             # What is read may end rows, so before it is said who is next.
             self._read()
-        for row in self._scheduler.start_waiting():
+        for row in self._scheduler.start_waiting(lambda row: self._adapters.claim(row.adapter)):
             self._start(row)
         action = self._scheduler.next_action()
         # Not by what admission counts: it also counts what has not been taken in yet.
@@ -153,6 +163,7 @@ class Loop:
             self._status.enter("step")
         self._do(action)
         self._status.work = self._work.counts
+        self._status.adapters = self._adapters.counts
         self._flush()
 
     def _do(self, action: Action) -> None:
@@ -217,9 +228,17 @@ class Loop:
 
     def _start(self, row: Row) -> None:
         """An output got its slot, or a search all of its own."""
+        request = self._requests.get(row.key.request_id)
+        if request is None:
+            return  # it ended with a row that started before this one
         assert row.slot is not None
         self._admission.started(row.key)
-        request = self._requests[row.key.request_id]
+        try:
+            row.adapter_slot = self._adapters.slot(row.adapter)
+        except ModelError as error:
+            log.error("%s", error)
+            self._fail(request, "internal", ADAPTER_GONE)
+            return
         if request.started_at is None:
             request.started_at = time.monotonic()
         if search := self._searches.get(row.key):
@@ -246,7 +265,8 @@ class Loop:
             prompted = self._prompted(chunk.row)
             token_ids = prompted.prompt[chunk.start : chunk.end]
             touches = prompted.interventions.touches(chunk.start, chunk.end)
-            chunks.append(PromptChunk(chunk.row.slot, token_ids, chunk.start, touches))
+            adapter = chunk.row.adapter_slot
+            chunks.append(PromptChunk(chunk.row.slot, token_ids, chunk.start, touches, adapter))
         is_accompanied = self._scheduler.num_decoding > 0
         until = time.monotonic() + self._pace.prefill_seconds(is_accompanied=is_accompanied)
         if not self._prefill.run(action, chunks, until):
@@ -291,7 +311,7 @@ class Loop:
             return
         self._send_found(request, pieces)
         if search.ends is not None:
-            self._scheduler.remove(search.row)
+            self._leave(search.row)
             search.close(self._engine)
             self._finish_if_done(request)
 
@@ -351,7 +371,7 @@ class Loop:
             step = completion.take(finite)
             self._events.append(step.piece)
             if step.end is not None:
-                self._scheduler.remove(completion.row)
+                self._leave(completion.row)
                 return
         if len(finite) < len(tokens):
             self._fail_numerically(request)
@@ -393,11 +413,17 @@ class Loop:
         """Gives back everything that the request holds."""
         del self._requests[request.request_id]
         for row in request.rows:
-            self._scheduler.remove(row)
+            self._leave(row)
             self._admission.started(row.key)
             self._completions.pop(row.key, None)
             if search := self._searches.pop(row.key, None):
                 search.close(self._engine)
+
+    def _leave(self, row: Row) -> None:
+        """Gives back the slot of a row, and its adapter's, if it has them. May be called twice."""
+        if row.slot is not None:
+            self._adapters.release(row.adapter)
+        self._scheduler.remove(row)
 
     def _flush(self) -> None:
         if self._events:

@@ -5,7 +5,8 @@ with all other rows that do, and gives its slot back::
 
     submit -> waiting -> (slot) looking up -> prefilling -> decoding -> remove
 
-Who gets a slot next is told in `service.worker.waiting`.
+Who gets a slot next is told in `service.worker.waiting`. A row may need an adapter beside its slot;
+while there is no room for that one, it waits at the head of the line.
 
 While rows decode, parts of a chunk and decode steps take turns, so a long prompt delays a running
 stream by one part at a time and never by its whole length. How long a part is, the caller decides:
@@ -32,7 +33,7 @@ or of scores, without a step between them.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ class Row:
         more_slots: Of a search, beside ``slot``.
         is_spread: Whether all slots of a search hold its prompt.
         newest_turn: Of a search, among the steps of all of them.
+        adapter: Digest of the adapter version that it uses; None: the base.
+        adapter_slot: Where that is while the row has a slot.
     """
 
     key: RowKey
@@ -79,6 +82,8 @@ class Row:
     more_slots: tuple[int, ...] = ()
     is_spread: bool = False
     newest_turn: int = 0
+    adapter: str | None = None
+    adapter_slot: int = 0
 
     @property
     def is_search(self) -> bool:
@@ -237,14 +242,18 @@ class Scheduler:
         """Lets rows wait for a slot."""
         self._waiting.add(rows)
 
-    def start_waiting(self) -> list[Row]:
+    def start_waiting(self, claim: Callable[[Row], bool] = lambda _row: True) -> list[Row]:
         """Gives free slots to the rows that are next; returns those that got theirs.
 
-        A search takes all of its slots or none, and nobody behind it passes it.
+        A search takes all of its slots or none, and nobody behind it passes it; nor anyone whose
+        adapter cannot be there yet.
+
+        Args:
+            claim: Takes whatever else the row needs, or says False.
         """
         started = []
         while row := self._waiting.peek():
-            if row.num_slots > len(self._free_slots):
+            if row.num_slots > len(self._free_slots) or not claim(row):
                 break
             self._waiting.pop()
             row.slot, *more = (self._free_slots.popleft() for _ in range(row.num_slots))

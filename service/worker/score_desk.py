@@ -7,12 +7,14 @@ a few tokens shares it with others, and waits for none of them long.
 Attributions (`service.worker.attribution_desk`) and all of this take turns.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from model.attribution_questions import AttributionEngine
+from model.errors import ModelError
 from model.intervention_slots import Captured
 from model.score_slots import (
     HEAD_PAIRS,
@@ -24,14 +26,17 @@ from model.score_slots import (
     ScoreChunk,
 )
 from service.protocol.messages import Event, Failed
+from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
 from service.worker.admission import Admission
 from service.worker.attribution_desk import AttributionDesk
 from service.worker.attribution_jobs import AttributionJob
 from service.worker.paused_prefill import run_until
 from service.worker.scheduler import PrefillLimits
-from service.worker.score_line import Asked, Reading, ScoreLine, ScorePiece
+from service.worker.score_line import Asked, PlacedPiece, Reading, ScoreLine, ScorePiece
 from service.worker.score_request import ScoreRequest
 from service.worker.work_done import WorkDone
+
+log = logging.getLogger(__name__)
 
 # Chunks that a place waits for company at the head.
 _MAX_CHUNKS_WAITED = 2
@@ -54,6 +59,7 @@ class ScoreDesk:
         engine: Does the work.
         admission: Told when a passage leaves the queue.
         work: Counts tokens.
+        adapters: Of the worker.
         clock: Monotonic seconds.
     """
 
@@ -62,6 +68,7 @@ class ScoreDesk:
         engine: AttributionEngine,
         admission: Admission,
         work: WorkDone,
+        adapters: AdapterDesk,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         info = engine.info
@@ -69,8 +76,9 @@ class ScoreDesk:
         self._engine = engine
         self._admission = admission
         self._work = work
+        self._adapters = adapters
         self._clock = clock
-        self._line = ScoreLine(SCORE_SLOTS, limits)
+        self._line = ScoreLine(SCORE_SLOTS, limits, adapters.claim, adapters.release)
         self._requests: dict[str, ScoreRequest] = {}
         self._places: deque[_Place] = deque()
         self._reading: Reading | None = None
@@ -119,11 +127,15 @@ class ScoreDesk:
             return self._end_attribution(self._attributions.step(until))
         if self._is_head_due():
             return self._measure()
+        events: list[Event] = []
         if self._reading is None:
-            self._begin_reading()
+            events = self._begin_reading()
+        if self._reading is None:
+            # Adapters are awaited that others use; the head need not wait for them as well.
+            return events + (self._measure() if self._places else [])
         if run_until(self._layers, until, self._clock):
-            return self._take_residuals()
-        return []
+            return events + self._take_residuals()
+        return events
 
     def _is_head_due(self) -> bool:
         if not self._places:
@@ -133,24 +145,43 @@ class ScoreDesk:
         goes_on = self._reading is not None or self._line.has_work
         return is_full or not goes_on or waited >= _MAX_CHUNKS_WAITED
 
-    def _begin_reading(self) -> None:
-        reading = self._line.next_reading()
+    def _begin_reading(self) -> list[Event]:
+        """Begins with what is next; nothing may be. Requests end whose adapter is gone."""
         now = self._clock()
+        pieces: list[PlacedPiece] = []
         chunks: list[ScoreChunk] = []
         num_captures: list[int] = []
-        for passage, slot, piece in reading.pieces:
+        events: list[Event] = []
+        for placed in self._line.next_reading().pieces:
+            passage, slot, piece = placed
+            request = self._requests.get(passage.key.request_id)
+            if request is None:
+                continue  # it ended with another passage of this chunk
+            try:
+                adapter = self._adapters.slot(passage.adapter)
+            except ModelError as error:
+                log.error("%s", error)
+                events.append(self._fail(request, "internal", ADAPTER_GONE))
+                continue
             if passage.num_read == 0:
                 self._admission.started(passage.key)
-                request = self._requests[passage.key.request_id]
                 request.started_at = request.started_at or now
             request = self._requests[passage.key.request_id]
             wanted = tuple(asked.place for asked in piece.asked)
             touches, captures = request.touches(piece), request.captures(piece)
-            chunk = ScoreChunk(slot, piece.token_ids, piece.start, wanted, touches, captures)
-            chunks.append(chunk)
+            chunks.append(
+                ScoreChunk(
+                    *(slot, piece.token_ids, piece.start, wanted),
+                    *(touches, captures, adapter),
+                )
+            )
+            pieces.append(placed)
             num_captures.append(len(captures))
-        self._num_captures = num_captures
-        self._reading, self._layers = reading, self._read(self._engine.read(chunks))
+        if pieces:
+            self._num_captures = num_captures
+            self._reading = Reading(tuple(pieces))
+            self._layers = self._read(self._engine.read(chunks))
+        return events
 
     def _read(self, reading: Generator[None, None, list[Residual]]) -> Iterator[None]:
         self._residuals = yield from reading

@@ -13,11 +13,12 @@ A short passage, all of which fits one chunk, is read at once. Its slot is the f
 number of such passages of a chunk may have one after another. A long passage keeps one of the other
 slots until it has been read, so a few at most are half read. Short and long ones take turns, and so
 do the long ones among themselves: nobody waits for all of a long text. Within each kind
-`service.worker.waiting` says who is next.
+`service.worker.waiting` says who is next. A passage that needs an adapter claims it before its
+first piece; while it cannot, those behind it wait too.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,6 +92,8 @@ class Passage:
         slot: Set from its first piece to its last.
         num_read: Of its pieces.
         newest_turn: When it got its slot, or a turn of its own since, counted in chunks.
+        adapter: Digest of the adapter version that it uses; None: the base.
+        has_claim: Whether it has claimed that, and not released it.
     """
 
     key: RowKey
@@ -100,6 +103,8 @@ class Passage:
     slot: int | None = None
     num_read: int = 0
     newest_turn: int = 0
+    adapter: str | None = None
+    has_claim: bool = False
 
     @property
     def cost_tokens(self) -> int:
@@ -150,11 +155,21 @@ class ScoreLine:
     Args:
         num_slots: At least two.
         limits: Of chunks.
+        claim: Takes the adapter of a passage, or says False.
+        release: Gives it back.
     """
 
-    def __init__(self, num_slots: int, limits: PrefillLimits) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        limits: PrefillLimits,
+        claim: Callable[[str | None], bool] = lambda _adapter: True,
+        release: Callable[[str | None], None] = lambda _adapter: None,
+    ) -> None:
         assert num_slots > 1, "short passages need a slot beside the long ones"
         self._limits = limits
+        self._claim = claim
+        self._release = release
         self._free_slots = deque(range(_SHORT_SLOT + 1, num_slots))
         self._short: WaitingLine[Passage] = WaitingLine()
         self._long: WaitingLine[Passage] = WaitingLine()
@@ -173,7 +188,10 @@ class ScoreLine:
             (self._short if self._is_short(passage) else self._long).add([passage])
 
     def next_reading(self) -> Reading:
-        """What to read now; there must be something. Short passages that are in it wait no more."""
+        """What to read now; nothing while no adapter can be claimed.
+
+        Short passages that are in it wait no more.
+        """
         self._start_long()
         room = _Room(self._limits.packed_tokens, self._limits.packed_prompts)
         self._num_turns += 1
@@ -181,7 +199,7 @@ class ScoreLine:
         if self._was_short_turn:
             self._take_short(room)
             self._take_long(room)
-        else:
+        elif self._half_read:
             first = min(self._half_read, key=lambda passage: passage.newest_turn)
             first.newest_turn = self._num_turns
             assert first.slot is not None, "it is half read"
@@ -212,7 +230,9 @@ class ScoreLine:
         )
 
     def _start_long(self) -> None:
-        while self._long and self._free_slots:
+        while self._free_slots and (waiting := self._long.peek()):
+            if not self._has_claimed(waiting):
+                return
             passage = self._long.pop()
             passage.slot = self._free_slots.popleft()
             passage.newest_turn = self._num_turns
@@ -229,12 +249,19 @@ class ScoreLine:
     def _take_short(self, room: _Room) -> None:
         while passage := self._short.peek():
             fits = passage.cost_tokens <= room.num_tokens
-            if not fits or len(passage.pieces) > room.num_pieces:
+            if not fits or len(passage.pieces) > room.num_pieces or not self._has_claimed(passage):
                 return
             self._short.pop()
             room.take_of(passage, _SHORT_SLOT)
 
+    def _has_claimed(self, passage: Passage) -> bool:
+        passage.has_claim = self._claim(passage.adapter)
+        return passage.has_claim
+
     def _leave(self, passage: Passage) -> None:
+        if passage.has_claim:
+            passage.has_claim = False
+            self._release(passage.adapter)
         if passage in self._half_read:
             self._half_read.remove(passage)
         if passage.slot is not None:

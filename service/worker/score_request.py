@@ -53,7 +53,10 @@ class ScoreRequest:
         self.started_at: float | None = None
         pieces = [each for given in inputs for each in given.passages]
         self.passages = [
-            Passage(RowKey(command.request_id, number), each, command.tenant, command.priority)
+            Passage(
+                *(RowKey(command.request_id, number), each, command.tenant, command.priority),
+                adapter=command.adapter,
+            )
             for number, each in enumerate(pieces)
         ]
         self.attributions = [

@@ -125,6 +125,7 @@ class BeamRun:
                     banned_ids=live.banned_ids(self._num_steps),
                     interventions=self.interventions.due(position, len(self.prompt)),
                 ),
+                adapter=self.row.adapter_slot,
             )
         )
         if not extensions:
@@ -205,6 +206,7 @@ class ContrastiveRun:
                     banned_ids=completion.banned_ids(self._num_steps),
                     interventions=self.interventions.due(position, len(self.prompt)),
                 ),
+                adapter=self.row.adapter_slot,
             )
         )
         if choice is None:

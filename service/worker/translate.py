@@ -28,6 +28,8 @@ def engine_options(load: Load) -> EngineOptions:
         cache_dir=Path(load.cache_dir),
         prefix_cache_bytes=load.prefix_cache_bytes,
         kernels=load.kernels,
+        adapter_slots=load.adapter_slots,
+        adapter_max_rank=load.adapter_max_rank,
     )
 
 

@@ -9,17 +9,21 @@ wrong slot or a token dropped on the way shows up as a wrong number. Texts are n
 spaces: "1 2 3". Token 0 is bos and adds nothing to a sum; token 999 is eos. What can be changed of
 that, `tests.fakes.arithmetic_stream` says.
 
-A temperature above 0 adds the seed to the sum, so that a draw depends on its seed.
+A temperature above 0 adds the seed to the sum, so that a draw depends on its seed. An adapter is a
+file that holds a number, which is added to every sum of whoever uses it.
 
 Like the real engine it keeps nothing but what is in its slots. Environment variables make it
 misbehave for a test: see `load`.
 """
 
+import hashlib
 import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from model.errors import AdapterUnfit
 from model.progress import Progress
 from model.score_slots import ScoreChunk
 from model.slots import (
@@ -74,6 +78,10 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
         self._tables: list[list[int]] = [[] for _ in range(options.num_slots)]
         self._slots: list[list[int]] = [[] for _ in range(options.num_slots)]
         self._kept: dict[bytes, list[int]] = {}
+        # What each adapter adds; the first is the base.
+        self._adapters = [0] * (1 + options.adapter_slots)
+        # Of the adapter that each slot was prefilled with.
+        self._added = [0] * options.num_slots
         self._step_seconds = float(os.environ.get("ARITHMETIC_STEP_SECONDS", "0"))
         self.hidden_slots: set[int] = set()
         self.num_compilations = 0
@@ -101,7 +109,24 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
             packed_tokens=CHUNK_TOKENS,
             packed_prompts=2,
             keeps_prefixes=self._options.prefix_cache_bytes > 0,
+            adapter_slots=self._options.adapter_slots,
+            adapter_max_rank=self._options.adapter_max_rank,
         )
+
+    def read_adapter(self, path: Path, digest: str) -> int:
+        content = path.read_bytes()
+        if digest != f"sha256:{hashlib.sha256(content).hexdigest()}":
+            raise AdapterUnfit(f"{path} has changed")
+        if not content.strip().isdigit():
+            raise AdapterUnfit(f"{path} holds no number")
+        return int(content)
+
+    def put_adapter(self, slot: int, adapter: int) -> None:
+        assert 0 < slot < len(self._adapters), "slot 0 is the base"
+        self._adapters[slot] = adapter
+
+    def _sum(self, tokens: Sequence[int], adapter: int, seed: int = 0) -> int:
+        return next_token(tokens, seed + self._adapters[adapter])
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         self._tables[slot] = list(token_ids)
@@ -120,6 +145,7 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
                 embedded(token, touching(chunk.touches, place))
                 for place, token in enumerate(chunk.token_ids)
             ]
+            self._added[chunk.slot] = self._adapters[chunk.adapter]
             assert len(self._slots[chunk.slot]) == chunk.start + len(chunk.token_ids)
             if ONCE in chunk.token_ids:
                 assert not self._has_prefilled_once, "prefilled twice"
@@ -137,6 +163,7 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
         assert source not in targets
         for target in targets:
             self._slots[target] = list(self._slots[source])
+            self._added[target] = self._added[source]
         time.sleep(self._step_seconds)
 
     def keep(self, slot: int, keys: Sequence[bytes]) -> None:
@@ -173,6 +200,10 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
 
     def _decode_row(self, row: DecodeRow, num_steps: int) -> list[SampledToken]:
         drawn: list[SampledToken] = []
+        was_prefilled = row.position + 1 == row.rules.num_prompt > 1
+        if was_prefilled and not self._options.prefix_cache_bytes:
+            added = self._adapters[row.adapter]
+            assert self._added[row.slot] == added, "prefilled with another adapter"
         rules, table, held = row.rules, self._tables[row.slot], self._slots[row.slot]
         for position in range(row.position, row.position + num_steps):
             del table[position + 1 :]
@@ -190,7 +221,7 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
             assert held == table, "the slot does not hold what was said so far"
             _misbehave(held)
             seed = rules.sampling.seed if rules.sampling.temperature > 0 else 0
-            token_id = next_token([stream(held, steps)], seed)
+            token_id = self._sum([stream(held, steps)], row.adapter, seed)
             while position + 1 < rules.may_stop_at and token_id in rules.stop_ids:
                 token_id = (token_id + 1) % VOCABULARY_SIZE
             is_finite = NOT_FINITE not in held

@@ -24,6 +24,7 @@ class ArithmeticScores:
     """What the engine has for them, beside its slots."""
 
     _step_seconds: float
+    _adapters: list[int]
 
     def __init__(self) -> None:
         self._texts: list[list[int]] = [[] for _ in range(SCORE_SLOTS)]
@@ -53,10 +54,12 @@ class ArithmeticScores:
             text[chunk.start :] = map(embedded, chunk.token_ids, due)
             self._misbehave(text)
             assert list(chunk.wanted) == sorted(set(chunk.wanted))
+            added = self._adapters[chunk.adapter]
             upto = [text[: chunk.start + place + 1] for place in range(len(chunk.token_ids))]
             streams = [stream(*each) for each in zip(upto, due, strict=True)]
             residuals += [
-                [*upto[place], streams[place] - sum(numbers(upto[place]))] for place in chunk.wanted
+                [*upto[place], streams[place] - sum(numbers(upto[place])) + added]
+                for place in chunk.wanted
             ]
             for each in chunk.captures:
                 found = streams if each.layer == 0 else numbers(text[chunk.start :])

@@ -37,6 +37,8 @@ class ArithmeticSearches:
 
     _slots: list[list[int]]
     _step_seconds: float
+    # What each adapter adds to a sum.
+    _adapters: list[int]
     hidden_slots: set[int]
 
     def keep_hidden(self, slot: int) -> None:
@@ -60,7 +62,7 @@ class ArithmeticSearches:
             tokens = self._write(beam.slot, step.position, newest)
             if not self._is_finite(tokens):
                 return []
-            tokens = [stream(tokens, step.rules.interventions)]
+            tokens = [stream(tokens, step.rules.interventions), self._adapters[step.adapter]]
             likely = likely_tokens(tokens, step.rules.banned_ids)
             found += [
                 (beam.logprob + logprob, source, _sampled(id_, logprob, tokens, step))
@@ -96,7 +98,8 @@ class ArithmeticSearches:
         place = chosen_place(step.position, len(step.slots), step.alpha)
         for slot in step.slots:
             self._slots[slot] = list(written[place])
-        chosen = [stream(written[place], step.rules.interventions)]
+        changed = stream(written[place], step.rules.interventions)
+        chosen = [changed, self._adapters[step.adapter]]
         likely = likely_tokens(chosen, step.rules.banned_ids)[: len(step.slots)]
         candidates = [_sampled(id_, logprob, chosen, step) for id_, logprob in likely]
         probabilities = tuple(1 / (place + 2) for place in range(len(candidates)))
