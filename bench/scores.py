@@ -2,7 +2,8 @@
 
 One service, and each comparison in turns: calls of one row at once against one call of all of them,
 short calls together against one after another, a context with many targets against the same with
-one, streams beside scores against streams alone, and the memory of a long text. Prints Markdown.
+one, a text that is attributed against its score alone, streams beside scores against streams alone,
+and the memory of a long text. Then how complete integrated gradients are. Prints Markdown.
 """
 
 import asyncio
@@ -37,6 +38,16 @@ _WORDS = (
     *("high", "few", "big", "own", "sure", "free", "true", "full"),
 )
 _LONG_TOKENS = 2_000
+_ATTRIBUTED_TOKENS = 128
+_TEXTS = (
+    ("The Eiffel Tower is a famous landmark in the city of", " Paris"),
+    ("Q: What is the capital of Japan?\nA:", " Tokyo"),
+    (
+        "Once upon a time there was a little girl who lived in a village near the forest. Whenever "
+        "she went out, the little girl wore a red",
+        " riding",
+    ),
+)
 _STREAMS = 4
 _STREAM_TOKENS = 96
 
@@ -124,6 +135,37 @@ def targets(calls: Calls, num_context: int) -> str:
     )
 
 
+def attributed(calls: Calls, generator: random.Random, *, num_targets: int) -> str:
+    """Gradients of the last tokens of a text, with the score that every answer has."""
+    [given] = rows(generator, 1, _ATTRIBUTED_TOKENS)
+    num_context = _ATTRIBUTED_TOKENS - num_targets
+    given["target_mask"] = [0] * num_context + [1] * num_targets
+    asked = {"inputs": [given], "attribution": {"method": "gradient", "of": "loss_sum"}}
+    return calls.compare(
+        f"{_ATTRIBUTED_TOKENS} tokens with {num_targets} to be scored, attributed against scored",
+        lambda: calls.seconds(asked),
+        lambda: calls.seconds({"inputs": [given]}),
+    )
+
+
+def completeness(calls: Calls) -> str:
+    """Of integrated gradients with all steps, for some texts and layers."""
+    lines = ["| target | layer | completeness error | s |", "|---|---|---|---|"]
+    method = {"method": "integrated_gradients", "of": "target_logprob"}
+    for context, target in _TEXTS:
+        for layer in (-1, 4, 12):
+            body = {
+                "inputs": [{"context": context, "targets": [target]}],
+                "attribution": {**method, "layer": layer},
+            }
+            began = time.perf_counter()
+            [result] = calls.post(body)["results"]
+            seconds = time.perf_counter() - began
+            error = result["attribution"]["completeness_error"]
+            lines.append(f"| {target} | {layer} | {error:.2%} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
 def gaps(url: str, calls: Calls, generator: random.Random) -> str:
     """99th percentile of the gaps of streams, with scores that never end and without."""
 
@@ -175,9 +217,12 @@ def main() -> None:
         tell("\n| what | ms | ms | ratio |\n|---|---|---|---|")
         tell(targets(calls, 256))
         tell(targets(calls, 300))
+        tell(attributed(calls, generator, num_targets=1))
+        tell(attributed(calls, generator, num_targets=_ATTRIBUTED_TOKENS - 1))
         tell(short(calls, generator))
         tell(packed(calls, generator))
         tell(gaps(service.url, calls, generator))
+        tell(f"\n{completeness(calls)}")
         tell(f"\ncompilations while serving: {compilations_while_serving(service.url)}")
 
 

@@ -1,7 +1,7 @@
 """The part of `model.self_test` that is about adapters. Two claims:
 
 * a chunk gives a position the same keys and values alone and beside prompts of other adapters and
-  of the base, in a chunk of any length;
+  of the base, whatever padding is behind it;
 * a step gives a row the same bits alone and beside rows of other adapters and of the base.
 
 The adapters are drawn at random and add to every projection, with a rank of their own each; the
@@ -9,6 +9,7 @@ bank's slots that they are in are free afterwards, as whoever gets one writes al
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -77,9 +78,9 @@ def compare_adapters(subject: AdapterSubject, token_ids: Sequence[int]) -> int:
 def _compare_chunks(
     subject: AdapterSubject, token_ids: Sequence[int], count: int, adapters: Sequence[int]
 ) -> int:
-    """One prompt alone, in chunks of every length, and shared by others."""
+    """Prompts alone, shorter and longer ones by each program, and several in one chunk."""
     info = subject.info
-    positions = range(0, count, 3)
+    positions = range(0, min(count, info.context_tokens // 2), 3)
     last = min(len(adapters), max(adapters) + 1) - 1
     alone: dict[int, list[bytes]] = {}
 
@@ -89,12 +90,19 @@ def _compare_chunks(
     for slot in range(last + 1):
         _prefill(subject, [PromptChunk(slot, token_ids[:count], 0, adapter=adapters[slot])])
         alone[slot] = held(slot)
-    for bucket in info.buckets["prefill_tokens"]:
-        length = min(bucket, info.context_tokens, info.chunk_tokens, len(token_ids))
-        _prefill(subject, [PromptChunk(last, token_ids[:length], 0, adapter=adapters[last])])
-        if held(last) != alone[last]:
-            raise _failure(info, f"a prompt of an adapter among {length} tokens than among {count}")
-    num_compared = len(positions) * len(info.buckets["prefill_tokens"])
+    num_compared = 0
+    room = min(info.context_tokens, info.chunk_tokens, len(token_ids))
+    for low, high in pairwise([0, *info.buckets["prefill_tokens"]]):
+        if low >= room:
+            break
+        full = min(high, room)
+        written = []
+        for length in ((low + full) // 2 + 1, full):
+            _prefill(subject, [PromptChunk(last, token_ids[:length], 0, adapter=adapters[last])])
+            written.append(held(last))
+        if written[0] != written[1]:
+            raise _failure(info, f"a prompt of an adapter among {full} tokens than among fewer")
+        num_compared += len(positions)
     num_shared = min(last + 1, info.packed_tokens // count, info.packed_prompts)
     if num_shared > 1:
         slots = range(last, last - num_shared, -1)

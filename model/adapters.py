@@ -17,7 +17,6 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -159,7 +158,7 @@ def _read(path: Path, config: GemmaConfig) -> tuple[int, Arrays]:
         return _opened(path, source, config)
 
 
-def _opened(path: Path, source: BinaryIO, config: GemmaConfig) -> tuple[int, Arrays]:
+def _opened(path: Path, source: io.BufferedIOBase, config: GemmaConfig) -> tuple[int, Arrays]:
     try:
         # A file object, not a path: HDF5 then has no driver that could open another file.
         with h5py.File(source, "r") as file:

@@ -17,15 +17,18 @@ from jaxtyping import Float32, Float64, Int
 
 from model.attribution_questions import PASS_TOKENS, AttributedText, Pass, passes
 from model.block_gradient import SequenceRows, block_backward, block_forward
+from model.chunk_stream import ChunkStreams
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits
 from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.weights import GemmaWeights
 from model.head_gradient import score_gradient
+from model.intervened_copies import IntervenedCopies, touches_between
 from model.prefill import CHUNK_BUCKETS
 from model.programs import ProgramSpec
 from model.score_head import AskedRows, HeadOutputs
 from model.score_slots import HEAD_PAIRS, HEAD_ROWS
+from model.slots import PromptChunk
 
 Stream = Float32[np.ndarray, "tokens width"]
 Streams = Float32[np.ndarray, "rows tokens width"]
@@ -50,6 +53,13 @@ class PassResult(NamedTuple):
     by_stream: Streams | None
 
 
+class _Copies(NamedTuple):
+    """Where the tokens of the copies of a pass stand, and how their stream is changed."""
+
+    rows: SequenceRows
+    changes: IntervenedCopies
+
+
 class AttributionPasses:
     """Passes on one engine.
 
@@ -58,6 +68,7 @@ class AttributionPasses:
         weights: Of the model.
         traits: Of the layers.
         programs: Of the engine, filled by it.
+        streams: Of the engine: how the residual stream is changed.
     """
 
     def __init__(
@@ -66,11 +77,13 @@ class AttributionPasses:
         weights: GemmaWeights,
         traits: Sequence[LayerTraits],
         programs: dict[str, Callable[..., Any]],
+        streams: ChunkStreams,
     ) -> None:
         self._config = config
         self._weights = weights
         self._traits = traits
         self._programs = programs
+        self._streams = streams
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
@@ -101,13 +114,13 @@ class AttributionPasses:
             for _ in self.run(text, x, Pass(size, 1), EMBEDDING_LAYER, wants_derivative=True):
                 pass
 
-    def stream_at(self, token_ids: Sequence[int], layer: int) -> Generator[bool, None, Stream]:
+    def stream_at(self, text: AttributedText, layer: int) -> Generator[bool, None, Stream]:
         """The residual stream of a text after a block, or at −1 the embeddings after scaling."""
-        embedded = self._embedded(token_ids)
-        [size] = passes(len(token_ids), 1)
-        rows = _rows(len(token_ids), size)
-        x, _ = yield from self._up(_packed(embedded[None], size), rows, 0, layer + 1)
-        return np.asarray(x)[0, : len(token_ids)]
+        embedded = self._embedded(text)
+        [size] = passes(text.num_read, 1)
+        copies = self._copies(text, size)
+        x, _ = yield from self._up(_packed(embedded[None], size), copies, 0, layer + 1)
+        return np.asarray(x)[0, : text.num_read]
 
     def run(
         self,
@@ -123,20 +136,25 @@ class AttributionPasses:
         Raises:
             NotFinite: Nothing can be told.
         """
-        rows = _rows(text.num_read, size)
-        up = self._up(_packed(streams, size), rows, layer + 1, self._config.num_layers)
+        copies = self._copies(text, size)
+        up = self._up(_packed(streams, size), copies, layer + 1, self._config.num_layers)
         x, before = yield from up
         logprobs, by_x = yield from self._head(
             text, np.asarray(x)[0], size, wants_derivative=wants_derivative
         )
         if by_x is None:
             return PassResult(logprobs, None)
-        derivative = yield from self._down(jnp.asarray(by_x[None]), before, rows, layer + 1)
+        derivative = yield from self._down(jnp.asarray(by_x[None]), before, copies, layer + 1)
         num_tokens = size.num_rows * text.num_read
         return PassResult(logprobs, np.asarray(derivative)[0, :num_tokens].reshape(streams.shape))
 
-    def _embedded(self, token_ids: Sequence[int]) -> Stream:
-        """By the programs of prefill."""
+    def _copies(self, text: AttributedText, size: Pass) -> "_Copies":
+        changes = IntervenedCopies(self._streams, text.touches, text.num_read, size)
+        return _Copies(_rows(text.num_read, size), changes)
+
+    def _embedded(self, text: AttributedText) -> Stream:
+        """By the programs of prefill, after interventions."""
+        token_ids = text.token_ids[: text.num_read]
         found = []
         for first in range(0, len(token_ids), CHUNK_BUCKETS[-1]):
             chunk = token_ids[first : first + CHUNK_BUCKETS[-1]]
@@ -144,32 +162,36 @@ class AttributionPasses:
             ids = np.zeros((1, bucket), np.int32)
             ids[0, : len(chunk)] = chunk
             x = self._programs[f"embed[{bucket}]"](self._weights.embeddings, ids)
-            found.append(np.asarray(x)[0, : len(chunk)])
+            touches = touches_between(text.touches, first, first + len(chunk))
+            stream = self._streams.of([PromptChunk(0, chunk, first, touches)])
+            found.append(np.asarray(stream.begin(jnp.asarray(ids), x))[0, : len(chunk)])
         return np.concatenate(found)
 
     def _up(
-        self, x: jax.Array, rows: SequenceRows, first: int, end: int
+        self, x: jax.Array, copies: "_Copies", first: int, end: int
     ) -> Generator[bool, None, tuple[jax.Array, list[jax.Array]]]:
         """The stream after the blocks from ``first`` to before ``end``, and what entered each."""
         program = self._programs[f"block_forward[{x.shape[1]}]"]
         before = []
         for layer in range(first, end):
             before.append(x)
-            x = program(self._weights.blocks[layer], self._traits[layer], x, rows)
+            x = program(self._weights.blocks[layer], self._traits[layer], x, copies.rows)
+            x = copies.changes.after(x, layer)
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
             yield False
         return x, before
 
     def _down(
-        self, derivative: jax.Array, before: list[jax.Array], rows: SequenceRows, first: int
+        self, derivative: jax.Array, before: list[jax.Array], copies: "_Copies", first: int
     ) -> Generator[bool, None, jax.Array]:
         """The derivative by what entered block ``first``; lets go of the streams on the way."""
         program = self._programs[f"block_backward[{derivative.shape[1]}]"]
         while before:
             layer, x = first + len(before) - 1, before.pop()
             weights, traits = self._weights.blocks[layer], self._traits[layer]
-            derivative = program(weights, traits, x, rows, derivative)
+            derivative = copies.changes.derivative_before(derivative, layer)
+            derivative = program(weights, traits, x, copies.rows, derivative)
             derivative.block_until_ready()
             yield False
         return derivative

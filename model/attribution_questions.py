@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from model.intervention_slots import Touch
 from model.progress import Progress
 from model.score_slots import ScoreEngine
 from model.slots import EngineOptions
@@ -33,10 +34,18 @@ MAX_ATTRIBUTION_STEPS = 64
 
 @dataclass(frozen=True, slots=True)
 class AttributedText:
-    """Token ids, and (place, token id) pairs: the log-probability of a token behind a place."""
+    """Token ids, and what is asked about them.
+
+    Attributes:
+        token_ids: Of the text.
+        asked: (place, token id) pairs: the log-probability of a token behind a place.
+        touches: Interventions in it, in order. What is told is of the model that they make: of the
+            stream at a layer after those that act there.
+    """
 
     token_ids: tuple[int, ...]
     asked: tuple[tuple[int, int], ...]
+    touches: tuple[Touch, ...] = ()
 
     @property
     def num_read(self) -> int:

@@ -8,6 +8,7 @@ from jaxtyping import Float64
 
 from model.attribution_passes import AttributionPasses, NotFinite, Stream
 from model.attribution_questions import AttributedText, Attribution, AttributionQuestion, passes
+from model.chunk_stream import ChunkStreams
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits
 from model.gemma.forward import EMBEDDING_LAYER
@@ -29,6 +30,7 @@ class Attributions:
         weights: Of the model.
         traits: Of the layers.
         programs: Of the engine, filled by it.
+        streams: Of the engine: how the residual stream is changed.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Attributions:
         weights: GemmaWeights,
         traits: Sequence[LayerTraits],
         programs: dict[str, Callable[..., Any]],
+        streams: ChunkStreams,
     ) -> None:
         self._width = config.hidden_dim
-        self._passes = AttributionPasses(config, weights, traits, programs)
+        self._passes = AttributionPasses(config, weights, traits, programs, streams)
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
@@ -54,8 +57,7 @@ class Attributions:
         found = _Found(question, self._width)
         try:
             for text in question.texts:
-                token_ids = text.token_ids[: text.num_read]
-                stream = yield from self._passes.stream_at(token_ids, question.layer)
+                stream = yield from self._passes.stream_at(text, question.layer)
                 found.note_stream(stream)
                 line = _Line(self._passes, text, stream, question.layer)
                 if question.num_steps:

@@ -100,18 +100,18 @@ class ChunkStreams:
         token_ids: np.ndarray | jax.Array,
         x: np.ndarray | None,
         changes: TokenInterventions,
-    ) -> ChangedStream:
-        """The stream of as many tokens as there are, on the host; None begins at layer −1."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Both of a `ChangedStream`, of as many tokens as there are; None begins at layer −1."""
         num_tokens = token_ids.shape[1]
         padded_ids = np.zeros((1, BLOCK_TOKENS), np.int32)
         padded_ids[:, :num_tokens] = token_ids
         padded = np.zeros((1, BLOCK_TOKENS, self._width), np.float32)
         if x is not None:
             padded[:, :num_tokens] = x
-        changed = self._programs["intervene"](
+        changed: ChangedStream = self._programs["intervene"](
             self._weights.embeddings, padded_ids, padded, changes, np.bool_(x is None)
         )
-        return ChangedStream(*(np.asarray(each)[:, :num_tokens] for each in changed))
+        return np.asarray(changed.x)[:, :num_tokens], np.asarray(changed.scaled)[:, :num_tokens]
 
 
 class ChunkStream:
@@ -159,14 +159,12 @@ class ChunkStream:
         if EMBEDDING_LAYER not in self._layers:
             return x
         all_changes = self._streams.changes(self._touches, EMBEDDING_LAYER)
-        is_changed = bool(all_changes)
-        stream: np.ndarray | None = None
-        for changes in all_changes or [no_interventions(BLOCK_TOKENS, x.shape[2])]:
-            changed = self._streams.change(token_ids, stream, changes)
-            stream = np.asarray(changed.x)
-        assert stream is not None, "called at least once"
+        nothing = no_interventions(BLOCK_TOKENS, x.shape[2])
+        stream, scaled = self._streams.change(token_ids, None, (all_changes or [nothing])[0])
+        for changes in all_changes[1:]:
+            stream, scaled = self._streams.change(token_ids, stream, changes)
         self._take(EMBEDDING_LAYER, stream)
-        return jax.device_put(changed.scaled) if is_changed else x
+        return jax.device_put(scaled) if all_changes else x
 
     def go_on(self, token_ids: jax.Array, x: jax.Array, layer: int) -> jax.Array:
         """The stream after a block."""
@@ -176,7 +174,7 @@ class ChunkStream:
         stream = np.array(x)
         all_changes = self._streams.changes(self._touches, layer)
         for changes in all_changes:
-            stream = np.asarray(self._streams.change(token_ids, stream, changes).x)
+            stream, _ = self._streams.change(token_ids, stream, changes)
         self._take(layer, stream)
         return jax.device_put(stream) if all_changes else x
 

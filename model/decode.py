@@ -155,8 +155,7 @@ def _embed_rows(
 ) -> Float[Array, "batch 1 width"]:
     """The residual stream before the first block.
 
-    Scaling is in the branches: behind a condition XLA would fuse it with the first block, in a way
-    that depends on the number of rows.
+    Scaling is in the branches: with it behind the condition, bits depended on the number of rows.
     """
 
     def change(token_ids: Int[Array, "batch 1"]) -> Float[Array, "batch 1 width"]:

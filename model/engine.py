@@ -180,8 +180,10 @@ class GemmaEngine:
             is_native=kernels.is_native,
         )
         self._scores = Scores(self._config, self._weights, self._programs)
-        self._attributions = Attributions(self._config, self._weights, self._traits, self._programs)
         self._streams = ChunkStreams(self._config, self._weights, self._programs)
+        self._attributions = Attributions(
+            self._config, self._weights, self._traits, self._programs, self._streams
+        )
 
     @property
     def num_compilations(self) -> int:
@@ -242,9 +244,9 @@ class GemmaEngine:
             *programs.specs(),
             *self._searches.program_specs(self._states.caches),
             *self._scores.program_specs(),
-            *self._attributions.program_specs(),
             *self._streams.program_specs(),
             *self._bank.program_specs(),
+            *self._attributions.program_specs(),
         ]
         total = len(todo) + 1.0
         texts = {}
@@ -302,8 +304,8 @@ class GemmaEngine:
         self._set_caches(self._searches.warm_up(self._states.caches))
         residual = np.zeros(self._config.hidden_dim, np.float32)
         self.measure([AskedPlace(residual, (0,), num_top=1)])
-        self._attributions.warm_up()
         self._streams.warm_up()
+        self._attributions.warm_up()
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""

@@ -78,7 +78,6 @@ def intervene(
     x: Float[Array, "tokens width"], changes: TokenInterventions
 ) -> Float[Array, "tokens width"]:
     """The residual stream of tokens after the interventions of one layer."""
-    changes = TokenInterventions(*map(jnp.asarray, changes))
     for stage in range(changes.operations.shape[0]):
         operations = changes.operations[stage]
         x = jax.lax.cond(
@@ -138,7 +137,7 @@ def _change(
     scale = scales.astype(x.dtype)[:, None]
     offset = scale * vectors
     along = jnp.sum(x * vectors, axis=-1, keepdims=True)
-    results = {
+    results: dict[Operation, Array] = {
         # −0 + 0 would be 0.
         "add": jnp.where(offset == 0, x, x + offset),
         "scale": scale * x,
@@ -148,7 +147,8 @@ def _change(
     }
     changed = x
     for operation, result in results.items():
-        changed = jnp.where((operations == _CODES[operation])[:, None], result, changed)
+        is_due = jnp.equal(operations, code_of(operation))[:, None]
+        changed = jnp.where(is_due, result, changed)
     barred: Array = jax.lax.optimization_barrier(changed)
     return barred
 
@@ -184,7 +184,7 @@ def token_interventions(
         num_tokens: Of the chunk.
         width: Of the residual stream.
     """
-    calls: list[TokenInterventions] = []
+    calls: list[list[list[Touch]]] = []
     num_vectors = MAX_VECTORS
     for of_request in touches:
         here = [touch for touch in of_request if layer in touch.intervention.layers]
@@ -192,25 +192,34 @@ def token_interventions(
         if not here:
             continue
         if num_vectors + len(here) > MAX_VECTORS:
-            calls.append(no_interventions(num_tokens, width))
+            calls.append([])
             num_vectors = 0
-        operations, scales, vector_ids, vectors = calls[-1]
-        for stage, touch in enumerate(here):
+        calls[-1].append(here)
+        num_vectors += len(here)
+    return [_token_arrays(requests, num_tokens, width) for requests in calls]
+
+
+def no_interventions(num_tokens: int, width: int) -> TokenInterventions:
+    """An argument that changes nothing."""
+    return _token_arrays([], num_tokens, width)
+
+
+def _token_arrays(
+    requests: Sequence[Sequence[Touch]], num_tokens: int, width: int
+) -> TokenInterventions:
+    """Each touch of a request is a stage of its own, and has a vector of its own."""
+    shape = (MAX_INTERVENTIONS, num_tokens)
+    operations = np.zeros(shape, np.int32)
+    scales = np.zeros(shape, np.float32)
+    vector_ids = np.zeros(shape, np.int32)
+    vectors = np.zeros((MAX_VECTORS, width), np.float32)
+    num_vectors = 0
+    for touches in requests:
+        for stage, touch in enumerate(touches):
             places = list(touch.places)
             operations[stage, places] = code_of(touch.intervention.operation)
             scales[stage, places] = touch.intervention.scale
             vector_ids[stage, places] = num_vectors
             vectors[num_vectors] = vector_of(touch.intervention, width)
             num_vectors += 1
-    return calls
-
-
-def no_interventions(num_tokens: int, width: int) -> TokenInterventions:
-    """An argument that changes nothing, in memory of the host."""
-    shape = (MAX_INTERVENTIONS, num_tokens)
-    return TokenInterventions(
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.float32),
-        np.zeros(shape, np.int32),
-        np.zeros((MAX_VECTORS, width), np.float32),
-    )
+    return TokenInterventions(*map(jnp.asarray, (operations, scales, vector_ids, vectors)))

@@ -106,13 +106,14 @@ class Sender:
 @contextlib.contextmanager
 def open_sender(kind: Kind, url: str, rules: RetryRules, clock: FakeClock) -> Iterator[Sender]:
     """Of a client of that kind."""
-    if kind == "blocking":
-        transport = Transport(url, rules, clock=clock.now, sleep=clock.sleep)
-        yield Sender(transport.send, lambda call: GenerationStream(transport, call))
-        transport.close()
-        return
-    with asyncio.Runner() as runner:
-        waiting = AsyncTransport(url, rules, clock=clock.now, sleep=clock.sleep_in_loop)
-        send = Blocking(waiting, runner).send
-        yield Sender(send, lambda call: Blocking(AsyncGenerationStream(waiting, call), runner))
-        runner.run(waiting.close())
+    with contextlib.ExitStack() as stack:
+        if kind == "blocking":
+            transport = Transport(url, rules, clock=clock.now, sleep=clock.sleep)
+            stack.callback(transport.close)
+            yield Sender(transport.send, lambda call: GenerationStream(transport, call))
+        else:
+            runner = stack.enter_context(asyncio.Runner())
+            waiting = AsyncTransport(url, rules, clock=clock.now, sleep=clock.sleep_in_loop)
+            stack.callback(lambda: runner.run(waiting.close()))
+            send = Blocking(waiting, runner).send
+            yield Sender(send, lambda call: Blocking(AsyncGenerationStream(waiting, call), runner))

@@ -31,6 +31,7 @@ FIRST_FILES = (
     "test_company",
     *("test_service_start_stop", "test_service_serving", "test_service_crashes", "test_commands"),
     "test_keras_generate",
+    "test_client_service",
     *("test_service_stalls", "test_transfers", "test_copies", "test_credentials"),
     *("test_engine", "test_keras_model", "test_searches", "test_keras_training"),
     *("test_readme", "test_real_model_parity"),
@@ -88,12 +89,14 @@ def compile_cache(shared_cache_dir: Path) -> None:
 
 @pytest.fixture(scope="session")
 def engine_of(cache_dir: Path) -> Callable[..., GemmaEngine]:
-    """Loads the engine of a golden set once: 4 slots of 1,024 tokens, room for kept blocks."""
+    """Loads the engine of a golden set once: 4 slots of 1,024 tokens, room for kept blocks, and a
+    bank for 4 adapters of rank 8.
+    """
 
     @functools.cache
     def load(name: str, kernels: KernelChoice = "auto") -> GemmaEngine:
         preset = str(goldens.preset_directory(name))
-        options = EngineOptions(preset, 4, 1024, cache_dir, 2**26, kernels)
+        options = EngineOptions(preset, 4, 1024, cache_dir, 2**26, kernels, 4, 8)
         return engine.load(options, no_progress)
 
     return load

@@ -47,6 +47,8 @@ def _kind(schema: dict[str, Any]) -> str:
             return "`true` or `false`"
         case {"type": "string", "enum": choices}:
             return " or ".join(f"`{choice}`" for choice in choices)
+        case {"type": "array", "items": items}:
+            return f"{_kind(items)}, any number of times"
         case {"type": "string", "format": "path"}:
             return "path"
         case {"type": "string", "pattern": pattern}:
@@ -74,7 +76,7 @@ def _default(field: FieldInfo) -> str:
         for variable in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
             os.environ.pop(variable, None)
         default = field.get_default(call_default_factory=True, validated_data={})
-    if default is None:
+    if default in (None, []):
         return "left out"
     if isinstance(default, bool):
         return str(default).lower()

@@ -1,5 +1,7 @@
 """Attribution on tiny presets: the same derivatives by other roads, and what they add up to."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,15 @@ from model.attribution_questions import (
     AttributedText,
     AttributionQuestion,
 )
+from model.gemma.block import block, layer_traits
 from model.gemma.forward import EMBEDDING_LAYER, forward
+from model.gemma.projection import AdapterTerm
+from model.integration_path import START, derivative_points, first_scales, next_scales
+from model.intervention_slots import Intervention, Touch
 from tests import goldens
 from tests.test_engine import random_tokens
 
 PRESETS = pytest.mark.parametrize("name", goldens.TINY_PRESETS)
-LAYERS = pytest.mark.parametrize("layer", [-1, 0, "last"])
 
 
 def answer(engine, question):
@@ -41,7 +46,7 @@ def layer_of(name, layer):
 
 
 def by_another_road(name, text, layer):
-    """Value, stream and gradient, by `jax.grad` through a whole forward pass."""
+    """Stream, gradient and value, by `jax.grad` through a whole forward pass."""
     backbone = goldens.backbone(name)
     ids = jnp.asarray([text.token_ids], jnp.int32)
     seen = {}
@@ -63,8 +68,8 @@ def by_another_road(name, text, layer):
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         return sum(logprobs[place, token_id] for place, token_id in text.asked)
 
-    found, gradient = jax.value_and_grad(value)(seen[layer])
-    return float(found), np.asarray(seen[layer][0]), np.asarray(gradient[0]), value
+    gradient = jax.jit(jax.grad(value))(seen[layer])
+    return np.asarray(seen[layer][0]), np.asarray(gradient[0]), jax.jit(value)
 
 
 def a_text(num_tokens, asked, seed=0):
@@ -77,15 +82,15 @@ def close(actual, expected, of_scale=1e-4):
 
 # Alone in the shorter pass, filling it, in the longer one; the second ends before the text does.
 @PRESETS
-@LAYERS
 @pytest.mark.parametrize(
-    ("num_tokens", "places"), [(9, (3, 8)), (40, (20,)), (128, range(60, 127)), (150, (149, 70))]
+    ("num_tokens", "places", "layer"),
+    [(9, (3, 8), -1), (40, (20,), "last"), (128, range(60, 127), 0), (150, (149, 70), -1)],
 )
-def test_a_gradient_is_that_of_a_whole_forward_pass(name, layer, num_tokens, places, engine_of):
+def test_a_gradient_is_that_of_a_whole_forward_pass(name, num_tokens, places, layer, engine_of):
     layer = layer_of(name, layer)
     text = a_text(num_tokens, tuple((place, (7 * place) % 512) for place in places))
     found = numbers(engine_of(name), text, layer=layer, reduction="none")
-    _, _, expected, _ = by_another_road(name, text, layer)
+    _, expected, _ = by_another_road(name, text, layer)
     close(found, expected)
 
 
@@ -111,7 +116,7 @@ def test_the_stored_gradients_of_the_keras_page_are_met(name, layer, stored, eng
 def test_a_gradient_is_what_a_small_change_makes(name, engine_of):
     text = a_text(12, ((5, 40), (11, 300)))
     found = numbers(engine_of(name), text, reduction="none")
-    _, stream, _, value = by_another_road(name, text, EMBEDDING_LAYER)
+    stream, _, value = by_another_road(name, text, EMBEDDING_LAYER)
     direction = np.sign(found)
     # A change of 0.04 altogether. The value is rounded to about 1e-5, which is 2.5e-4 of it; what
     # is beyond the derivative is 3e-3 of it at most.
@@ -121,3 +126,207 @@ def test_a_gradient_is_what_a_small_change_makes(name, engine_of):
         for sign in (-1, 1)
     )
     assert high - low == pytest.approx(0.04, rel=5e-3)
+
+
+@PRESETS
+def test_the_loss_is_the_negative_sum_over_the_texts_and_reductions_are_of_all_numbers(
+    name, engine_of
+):
+    engine, context = engine_of(name), tuple(random_tokens(20))
+    texts = [
+        AttributedText((*context, *target), ((19, target[0]), (20, target[1])))
+        for target in ((30, 40), (50, 60), (70, 80))
+    ]
+    whole = [numbers(engine, text, reduction="none") for text in texts]
+    loss = numbers(engine, *texts, num_told=20, reduction="none", is_loss=True)
+    close(loss, -sum(each[:20] for each in whole), 1e-6)
+    assert (whole[0][21] == 0).all(), "nothing depends on the last token"
+    embeddings = np.asarray(goldens.backbone(name).gemma_weights.embeddings)[list(context)]
+    close(numbers(engine, texts[0], num_told=20)[:, 0], (whole[0][:20] * embeddings).sum(1), 1e-5)
+    norms = numbers(engine, texts[0], num_told=20, reduction="l2")[:, 0]
+    close(norms, np.linalg.norm(whole[0][:20], axis=1), 1e-6)
+
+
+@PRESETS
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_integrated_gradients_add_up_to_the_change_within_one_percent(name, layer, engine_of):
+    text = a_text(12, ((11, 300),), seed=3)
+    question = AttributionQuestion((text,), 12, layer, num_steps=64)
+    found, _ = answer(engine_of(name), question)
+    assert found.is_finite
+    assert found.completeness_error < 0.01
+    stream, _, value = by_another_road(name, text, layer)
+    change = float(value(stream[None])) - float(value(stream[None] * START))
+    added = np.frombuffer(found.numbers, "<f4").sum()
+    assert abs(added - change) / abs(change) == pytest.approx(found.completeness_error, abs=1e-3)
+
+
+def test_integrated_gradients_are_a_weighted_sum_of_gradients_on_the_way():
+    """On a function whose integral is known: the values say where to look, and that suffices."""
+
+    def value(scale):
+        return math.tanh(200 * (scale - 0.37))
+
+    def slope(scale):
+        return 200 / math.cosh(200 * (scale - 0.37)) ** 2
+
+    for num_steps in (16, 33, 64):
+        values = {scale: value(scale) for scale in first_scales(num_steps)}
+        while scales := next_scales(values, num_steps):
+            values |= {scale: value(scale) for scale in scales}
+        points = derivative_points(values, num_steps)
+        assert len(points) == len(values) - 1 == num_steps
+        assert sum(weight for _, weight in points) == pytest.approx(1 - START)
+        found = sum(weight * slope(scale) for scale, weight in points)
+        if num_steps > 16:
+            assert found == pytest.approx(value(1) - value(START), rel=5e-3)
+
+
+def test_an_answer_has_the_same_bits_again_and_after_others(engine_of):
+    engine = engine_of("gemma3_tiny")
+    question = AttributionQuestion((a_text(30, ((29, 5),)),), 30, -1, num_steps=8)
+    first, num_passes = answer(engine, question)
+    # Rows of 30 tokens share passes of 128: three passes for nine values, two for derivatives.
+    assert num_passes < 8
+    answer(engine, AttributionQuestion((a_text(90, ((89, 5),), seed=1),), 90, 0))
+    assert answer(engine, question)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("num_read", "num_rows", "expected"),
+    [
+        (12, 64, [(128, 10)] * 6 + [(128, 4)]),
+        (70, 64, [(512, 7)] * 9 + [(512, 1)]),
+        (128, 1, [(128, 1)]),
+        (129, 1, [(512, 1)]),
+        (512, 3, [(512, 1)] * 3),
+    ],
+)
+def test_copies_share_passes_where_that_computes_least(num_read, num_rows, expected):
+    assert passes(num_read, num_rows) == expected
+
+
+def test_what_is_not_finite_is_said(engine_of):
+    engine = engine_of("gemma2_tiny")
+    question = AttributionQuestion((a_text(5, ((4, 7),)),), 5, -1)
+    embed = engine._programs["embed[64]"]
+    engine._programs["embed[64]"] = lambda *given: embed(*given).at[0, 2].set(jnp.nan)
+    try:
+        found, _ = answer(engine, question)
+    finally:
+        engine._programs["embed[64]"] = embed
+    assert not found.is_finite
+    assert answer(engine, question)[0].is_finite
+
+
+def test_what_does_not_fit_is_refused(engine_of):
+    engine = engine_of("gemma2_tiny")
+    long = a_text(MAX_ATTRIBUTION_TOKENS + 1, ((MAX_ATTRIBUTION_TOKENS, 7),))
+    for text, layer, error in (
+        (long, -1, SequenceTooLong),
+        (AttributedText((5,), ((1, 7),)), -1, SequenceTooLong),
+        (AttributedText((5, 512), ((1, 7),)), -1, TokenOutOfRange),
+        (AttributedText((5,), ((0, -1),)), -1, TokenOutOfRange),
+        (AttributedText((5,), ((0, 1),)), 3, RequestInvalid),
+    ):
+        with pytest.raises(error):
+            answer(engine, AttributionQuestion((text,), 1, layer))
+
+
+def test_nothing_compiles_for_an_attribution_once_an_engine_is_loaded(engine_of):
+    engine = engine_of("gemma3_tiny")
+    before = engine.num_compilations
+    for num_tokens, num_steps in ((1, 0), (100, 3), (400, 2)):
+        text = a_text(num_tokens, ((num_tokens - 1, 9),))
+        for layer in (-1, 6):
+            answer(engine, AttributionQuestion((text,), num_tokens, layer, num_steps))
+    assert engine.num_compilations == before
+
+
+def test_an_adapter_is_in_the_derivative_of_a_block(engine_of):
+    """What training will ask of the same function."""
+    model = goldens.backbone("gemma3_tiny")
+    config, weights, traits = (
+        model.config,
+        model.gemma_weights.blocks[0],
+        layer_traits(model.config)[0],
+    )
+    draw = np.random.default_rng(0)
+    x, by_after = (jnp.asarray(draw.normal(size=(2, 6, 32)), jnp.float32) for _ in range(2))
+    heads = (2, 4, 32, 3), (2, 4, 3, 16)
+    terms = {
+        "query": AdapterTerm(*(jnp.asarray(draw.normal(size=size), jnp.float32) for size in heads))
+    }
+    ids = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
+    rows = SequenceRows(ids, jnp.zeros_like(ids))
+    mask = jnp.ones((2, 6), bool)
+
+    def number(given, adapters):
+        after, _ = block(config, weights, traits, given, ids, padding_mask=mask, adapters=adapters)
+        return (after * by_after).sum()
+
+    for adapters in (None, terms):
+        found = block_backward(config, weights, traits, x, rows, by_after, adapters)
+        close(found, jax.grad(number)(x, adapters), 1e-5)
+    assert not np.allclose(jax.grad(number)(x, None), jax.grad(number)(x, terms))
+
+
+def changed(x, intervention, places):
+    """By hand, as the definitions say."""
+    v = jnp.asarray(np.frombuffer(intervention.vector, "<f4")) if intervention.vector else 0.0
+    own = x[0, list(places)]
+    match intervention.operation:
+        case "add":
+            own = own + intervention.scale * v
+        case "scale":
+            own = intervention.scale * own
+        case "zero":
+            own = 0 * own
+        case "set":
+            own = 0 * own + v
+        case "project_out":
+            unit = v / jnp.linalg.norm(v)
+            own = own - (own @ unit)[:, None] * unit
+    return x.at[0, list(places)].set(own)
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 2])
+@pytest.mark.parametrize("num_tokens", [20, 300])
+def test_a_gradient_is_of_the_model_that_interventions_make(layer, num_tokens, engine_of):
+    name, width = "gemma2_tiny", 48
+    draw = np.random.default_rng(5)
+    vector = draw.normal(size=width).astype("<f4").tobytes()
+    touches = (
+        Touch(Intervention("add", (-1, 0, 2), 0.3, vector), tuple(range(num_tokens))),
+        Touch(Intervention("project_out", (0, 2), 1.0, vector), tuple(range(2, num_tokens, 3))),
+        Touch(Intervention("scale", (1,), 0.5), (1, 6, num_tokens - 2)),
+        Touch(Intervention("set", (0,), 1.0, vector), (8,)),
+    )
+    text = a_text(num_tokens, ((num_tokens - 1, 9), (10, 30)))
+    touched = AttributedText(text.token_ids, text.asked, touches)
+    found = numbers(engine_of(name), touched, layer=layer, reduction="none")
+    backbone = goldens.backbone(name)
+    ids = jnp.asarray([text.token_ids], jnp.int32)
+    seen = {}
+
+    def intercept(x, at):
+        for touch in touches:
+            if at in touch.intervention.layers:
+                x = changed(x, touch.intervention, touch.places)
+        seen[at] = x
+        return x
+
+    def value(x):
+        logits = forward(
+            backbone.config,
+            backbone.gemma_weights,
+            ids,
+            ids >= 0,
+            intercept=lambda stream, at: x if at == layer else intercept(stream, at),
+        ).logits[0]
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        return sum(logprobs[place, token_id] for place, token_id in text.asked)
+
+    forward(backbone.config, backbone.gemma_weights, ids, ids >= 0, intercept=intercept)
+    expected = jax.jit(jax.grad(value))(seen[layer])[0]
+    close(found, np.asarray(expected))

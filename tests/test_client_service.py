@@ -32,6 +32,7 @@ from tests.client_kinds import KINDS, FakeClock, Kind, open_client, open_sender
 from tests.service_process import ServiceProcess, eventually, running_service
 
 RUNNING = 'gemma_num_requests_running{op="generate"}'
+WAITING = 'gemma_num_requests_waiting{op="generate"}'
 LEFT = 'gemma_cancelled_total{reason="disconnect"}'
 # The prompt [5] is continued by multiples of five, none of which makes the engine misbehave.
 # Of 1 2 3, worked out by hand.
@@ -39,7 +40,7 @@ NUMBERS = [6, 12, 24, 48, 96, 192, 384, 768, 536, 72]
 TEXT = " 6 12 24 48 96 192 384 768 536 72"
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
@@ -62,7 +63,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(service: ServiceProcess, kind: Kind) -> Iterator[Any]:
     with open_client(kind, service.url) as opened:
         yield opened
@@ -112,6 +113,14 @@ def test_a_stream_is_start_then_tokens_then_done_and_joins_to_the_whole_answer(c
     assert [token_id for token in tokens for token_id in token.token_ids] == NUMBERS
     assert done.outputs[0].finish_reason == "length"
     assert (stream.start, stream.done, stream.num_tokens) == (start, done, 10)
+
+
+def test_a_stream_that_is_entered_again_is_asked_for_again(client):
+    stream = client.stream("1 2 3", max_tokens=3, temperature=0.0)
+    for _ in range(2):
+        with stream:
+            assert (stream.done, stream.num_tokens) == (None, 0)
+            assert "".join(stream.text) == " 6 12 24"
 
 
 def test_the_texts_of_a_stream_join_to_the_whole_text(client):
@@ -217,13 +226,18 @@ def fill(service: ServiceProcess, held: contextlib.ExitStack) -> None:
 def test_a_full_queue_is_waited_for_as_long_as_it_says(slow, kind):
     with contextlib.ExitStack() as held:
         fill(slow, held)
-        clock = FakeClock(on_sleep=held.close)
+
+        def leave() -> None:
+            held.close()
+            assert eventually(lambda: slow.metric(RUNNING) == slow.metric(WAITING) == 0, 2)
+
+        clock = FakeClock(on_sleep=leave)
         with open_sender(kind, slow.url, RetryRules(2, 600.0), clock) as sender:
             answer = json.loads(
                 sender.send(generate_call([3], {"max_tokens": 1, "temperature": 0}))
             )
     assert answer["outputs"][0]["token_ids"] == [3]
-    [seconds, *_] = clock.slept
+    [seconds] = clock.slept
     assert 1 <= seconds <= 600
     assert seconds == int(seconds)
 
@@ -338,11 +352,14 @@ def test_a_model_that_is_not_served_is_not_found(client):
     assert caught.value.code == "model_not_found"
 
 
-def test_a_service_that_starts_is_waited_for(tmp_path, kind):
+# Both kinds meet the same in test_client_retries, from a server that is quicker at it.
+
+
+def test_a_service_that_starts_is_waited_for(tmp_path):
     loading = {"is_ready": False, "ARITHMETIC_LOAD_SECONDS": "0.5"}
     with (
         running_service(tmp_path, **loading) as service,
-        open_client(kind, service.url, max_retries=0) as client,
+        open_client("blocking", service.url, max_retries=0) as client,
     ):
         ready = client.ready()
         assert (ready.ready, ready.reason) == (False, "loading")
@@ -353,10 +370,10 @@ def test_a_service_that_starts_is_waited_for(tmp_path, kind):
         assert client.info().slots == 8
 
 
-def test_a_worker_that_dies_ends_a_stream_with_its_error_and_the_next_request_waits(tmp_path, kind):
+def test_a_worker_that_dies_ends_a_stream_with_its_error_and_the_next_request_waits(tmp_path):
     with (
         running_service(tmp_path, ARITHMETIC_STEP_SECONDS="0.02") as service,
-        open_client(kind, service.url) as client,
+        open_client("blocking", service.url) as client,
     ):
         with client.stream([5], max_tokens=3000, temperature=0.0) as stream:
             events = iter(stream)

@@ -13,6 +13,7 @@ import struct
 import httpx
 import pytest
 
+from tests.lora_files import lora_file
 from tests.service_process import eventually
 from tests.test_company import random_request, tiny_service
 
@@ -20,6 +21,7 @@ NUM_REQUESTS = int(os.environ.get("GEMMA_FUZZ_REQUESTS", "300"))
 COMPILATIONS = 'gemma_compilations_total{phase="serving"}'
 # What JAX writes, told to by JAX_LOG_COMPILES, before it compiles or fetches a program.
 COMPILE_LINE = "Compiling "
+NAMES = ("one", "other", "third")
 
 
 def any_request(draw):
@@ -35,6 +37,8 @@ def any_request(draw):
         body["min_tokens"] = draw.randint(0, body["max_tokens"])
     if draw.random() < 0.2:
         body["echo"] = True
+    if draw.random() < 0.4:
+        body["model"] = "gemma:" + draw.choice(NAMES)
     if draw.random() < 0.2:
         body["timeout_s"] = draw.choice([0.01, 0.1, 100])
     if draw.random() < 0.3:
@@ -112,7 +116,10 @@ def compile_lines(log):
 @pytest.fixture(scope="module")
 def logging_service(tmp_path_factory, cache_dir):
     directory = tmp_path_factory.mktemp("logging")
-    with tiny_service(directory, cache_dir, JAX_LOG_COMPILES="1") as running:
+    # More adapters than slots: they come and go.
+    options = [f"--adapter={name}={lora_file(directory, name)}" for name in NAMES]
+    slots = "--adapter-slots=2"
+    with tiny_service(directory, cache_dir, slots, *options, JAX_LOG_COMPILES="1") as running:
         yield running
 
 
@@ -127,6 +134,7 @@ def test_f_r5_no_request_compiles_anything(logging_service):
     assert set(statuses) <= {200, 504}, "504 only for a time of a hundredth of a second"
     assert statuses.count(200) > NUM_REQUESTS / 2
     assert logging_service.metric(COMPILATIONS) == 0
+    assert logging_service.metric("gemma_adapter_evictions_total") > 0
     assert compile_lines(logging_service.log[len(before) :]) == []
 
 

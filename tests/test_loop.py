@@ -3,6 +3,8 @@
 Texts are numbers: the prompt "1 2 3" is [0, 1, 2, 3] with bos, and continues with 6, 12, 24, 48.
 """
 
+import dataclasses
+import hashlib
 import math
 import queue
 import time
@@ -17,6 +19,7 @@ from hypothesis import assume, given, settings, strategies as st
 from model.slots import DecodeRow, EngineOptions, PromptChunk
 from service.protocol.messages import (
     Accepted,
+    AdapterSource,
     Cancel,
     Event,
     Failed,
@@ -27,6 +30,7 @@ from service.protocol.messages import (
     SamplingParameters,
     StopRules,
 )
+from service.worker.adapter_desk import AdapterDesk
 from service.worker.admission import Admission, AdmittedRequest, Refusal
 from service.worker.loop import Arrival, Loop, LoopStatus
 from service.worker.pace import Pace
@@ -45,8 +49,11 @@ NUM_SLOTS = 4
 class RecordingEngine(ArithmeticEngine):
     """Notes which slots every decode step had, and what else was written."""
 
-    def __init__(self, prefix_cache_bytes: int) -> None:
-        super().__init__(EngineOptions("x", NUM_SLOTS, 64, Path("/nowhere"), prefix_cache_bytes))
+    def __init__(self, prefix_cache_bytes: int, context_tokens: int = 64) -> None:
+        options = EngineOptions(
+            "x", NUM_SLOTS, context_tokens, Path("/nowhere"), prefix_cache_bytes
+        )
+        super().__init__(dataclasses.replace(options, adapter_slots=1))
         self.decoded_slots: list[list[int]] = []
         self.prefilled: list[tuple[int, tuple[int, ...]]] = []
         self.copied: list[tuple[int, list[int], int]] = []
@@ -85,10 +92,16 @@ class Worker:
         max_tokens: int = 10_000,
         num_steps: int = 1,
         prefix_cache_bytes: int = 0,
+        context_tokens: int = 64,
+        adapters: Sequence[AdapterSource] = (),
     ) -> None:
-        self.engine = RecordingEngine(prefix_cache_bytes)
+        self.engine = RecordingEngine(prefix_cache_bytes, context_tokens)
+        desk = AdapterDesk(self.engine, adapters)
         self.admission = Admission(
-            self.engine.info, self.engine.codec, max_requests=max_requests, max_tokens=max_tokens
+            *(self.engine.info, self.engine.codec),
+            max_requests=max_requests,
+            max_tokens=max_tokens,
+            adapters=desk.digests,
         )
         self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self.frames: list[list[Event]] = []
@@ -100,6 +113,7 @@ class Worker:
             self.frames.append,
             self.status,
             Steps(num_steps),
+            desk,
         )
         self.open: dict[str, AdmittedRequest] = {}
 
@@ -310,8 +324,11 @@ def test_what_follows_a_stop_in_a_dispatch_is_neither_sent_nor_counted():
     assert worker.ends("a") == (OutputEnd("stop", EOS_ID, 1),)
 
 
-def test_a_prompt_that_another_one_began_with_is_not_prefilled_again():
-    worker = Worker(prefix_cache_bytes=1000)
+def test_a_prompt_that_another_one_began_with_is_not_prefilled_again(tmp_path):
+    file = tmp_path / "tone.lora.h5"
+    file.write_text("0")
+    tone = AdapterSource(f"sha256:{hashlib.sha256(b'0').hexdigest()}", str(file))
+    worker = Worker(prefix_cache_bytes=1000, adapters=[tone])
     worker.submit(generate("a", (1, 2, 3, 4, 5, 6, 7, 8, 9), max_tokens=1))
     worker.run()
     worker.engine.prefilled.clear()
@@ -324,7 +341,7 @@ def test_a_prompt_that_another_one_began_with_is_not_prefilled_again():
     worker.engine.prefilled.clear()
     for other in (
         {"tenant": "other"},
-        {"adapter": "sha256:1"},
+        {"adapter": tone.digest},
         {"prompts": ((2, 2, 3, 4, 5, 6, 7, 8, 9),)},
     ):
         command = generate("c", (1, 2, 3, 4, 5, 6, 7, 8, 9), max_tokens=1)

@@ -8,6 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
+from model.intervention_slots import MAX_INTERVENTIONS
 from model.score_slots import HEAD_PAIRS
 from model.search_slots import MAX_WIDTH
 from model.slots import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS, EngineInfo, Sampling
@@ -18,6 +19,8 @@ from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
     Accepted,
     Cancel,
+    Capture,
+    CapturedStream,
     Command,
     Event,
     Failed,
@@ -25,6 +28,7 @@ from service.protocol.messages import (
     Generate,
     Heartbeat,
     InputScore,
+    Intervention,
     Load,
     LoadFailed,
     OutputEnd,
@@ -83,6 +87,10 @@ COMMANDS: list[Command] = [
             max_tokens=9, min_tokens=1, strings=("é", "\n"), token_ids=(4,), ignore_eos=True
         ),
         num_logprobs=20,
+        interventions=(
+            Intervention("add", (-1, 0), "last", -0.5, b"\x00\x00\x80\x3f"),
+            Intervention("zero", (3,), (0, 7)),
+        ),
     ),
     Score(
         request_id="sco_1",
@@ -97,6 +105,8 @@ COMMANDS: list[Command] = [
         ),
         tells_tokens=True,
         num_top=20,
+        interventions=(Intervention("scale", (0,), "target", 2.0),),
+        captures=(Capture((-1, 2), (0, 3), is_half=True), Capture((0,), "all", is_half=False)),
     ),
     Cancel("gen_1"),
 ]
@@ -136,7 +146,13 @@ EVENTS: list[Event] = [
     ),
     Scored(
         "sco_1",
-        (InputScore(3, (TARGET, TARGET)),),
+        (
+            InputScore(
+                3,
+                (TARGET, TARGET),
+                captures=(CapturedStream(1, -1, (0, 5), is_half=True, numbers=bytes(8)),),
+            ),
+        ),
         Timings(queue_seconds=0.1, first_token_seconds=None, total_seconds=0.5),
     ),
     Failed("gen_1", "queue_full", "because", "/prompt/0", 5),
@@ -300,7 +316,8 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
     assert sampling == {field.name for field in fields(Sampling)}
     api_name = {"strings": "stop", "token_ids": "stop_token_ids"}
     stop = {api_name.get(name, name) for name in StopRules.__struct_fields__}
-    others = {"prompt", "n", "logprobs", "stream", "timeout_s", "echo", "priority"}
+    others = {"model", "prompt", "n", "logprobs", "stream", "timeout_s", "echo", "priority"}
+    others |= {"interventions"}
     searches = {"sampler", "num_beams", "contrastive_alpha"}
     assert set(GenerateRequest.model_fields) == sampling | stop | searches | others
 
@@ -321,5 +338,6 @@ def test_the_api_asks_for_no_more_than_an_engine_gives():
     assert limits["num_beams"]["maximum"] == MAX_SEARCH_WIDTH == MAX_WIDTH
     assert score_schemas.MAX_TOP == MAX_LOGPROBS
     assert score_schemas.MAX_LOGIT_PLACES == MAX_LOGIT_PLACES
+    assert limits["interventions"]["maxItems"] == MAX_INTERVENTIONS
     # All first tokens of a context's targets are asked about behind one place.
     assert score_schemas.MAX_TARGETS <= HEAD_PAIRS

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PROGRAMS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 START_SECONDS = 400
 WEIGHTS_BYTES = 268_098_176 * 4
 
@@ -170,6 +171,21 @@ def test_the_help_lists_every_option_of_the_settings_page(served):
     assert all(option in shown for option in options)
 
 
+def test_the_client_of_the_readme_answers_and_streams(served):
+    _, code = PROGRAMS
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace(":8000", f":{served.port}")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    whole, _, streamed = done.stdout.partition("\n")
+    assert whole.startswith(" the capital of the country of France.")
+    assert len(streamed.split()) > 20
+
+
 def test_a_preset_is_listed_fetched_and_exported(cache_dir):
     with tempfile.TemporaryDirectory() as home:
         said = subprocess.run(
@@ -210,7 +226,7 @@ def test_no_command_of_the_readme_is_left_out():
 
 
 def test_the_python_of_the_readme_runs(cache_dir, tmp_path):
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    code, _ = PROGRAMS
     (tmp_path / "readme.py").write_text(code)
     environment = {**os.environ, "GEMMA_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

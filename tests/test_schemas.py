@@ -20,6 +20,7 @@ def errors(**fields: object) -> list[tuple[tuple[int | str, ...], str]]:
 
 def test_a_prompt_alone_gets_the_documented_defaults():
     assert GenerateRequest(prompt="a").model_dump() == {
+        "model": None,
         "prompt": "a",
         "max_tokens": 128,
         "max_length": None,
@@ -45,6 +46,7 @@ def test_a_prompt_alone_gets_the_documented_defaults():
         "timeout_s": None,
         "priority": 0,
         "stream": False,
+        "interventions": [],
     }
 
 

@@ -65,7 +65,7 @@ class Tape:
         num_tokens, place = sum(len(chunk.token_ids) for chunk in chunks), 0
         assert num_tokens <= (256 if len(chunks) == 1 else 64)
         self.chunks.append([(chunk.slot, chunk.start, len(chunk.token_ids)) for chunk in chunks])
-        for slot, token_ids, start in map(astuple, chunks):
+        for slot, token_ids, start, _ in map(astuple, chunks):
             assert start % 256 == 0
             before = self.sums[slot, start - 1] if start else np.float32(0)
             for offset, token_id in enumerate(token_ids):
@@ -96,6 +96,7 @@ class Tape:
         raise AssertionError("it has no programs for searches")
 
     keep_hidden = drop_hidden = step_beams = step_candidates = search_rows = no_search
+    put_random_adapter = no_search
 
     def keys_and_values(self, slot, position):
         return self.sums[slot, position].reshape(1, 1, 1)

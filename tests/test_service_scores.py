@@ -163,8 +163,7 @@ CONTEXT = {"context": "1", "targets": [" 2"]}
         ({"inputs": [TEXT], "models": ["gemma"], "model": "gemma"}, "/models"),
         ({"inputs": [TEXT], "timeout_s": 0}, "/timeout_s"),
         ({"inputs": [TEXT], "priority": 9}, "/priority"),
-        ({"inputs": [TEXT], "attribution": {}}, "/attribution"),
-        ({"inputs": [TEXT], "interventions": []}, "/interventions"),
+        ({"inputs": [TEXT], "attribution": {}}, "/attribution/method"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_with_its_place(service, body, pointer):

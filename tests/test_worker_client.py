@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from service import errors
+from service.adapters import ServedModel
 from service.api.generate import Answer, GenerationStream
 from service.api.schemas import GenerateRequest
 from service.api.state import Readiness, ServiceState
@@ -270,7 +271,9 @@ def test_hanging_up_before_the_first_byte_cancels_too():
         generation = await worker.client.start(COMMAND)
         meter = GenerationMeter(worker.metrics, streaming=True)
         body = GenerateRequest.model_validate(STREAM)
-        answer = Answer(body, COMMAND, generation, worker.state, meter, "http-1")
+        answer = Answer(
+            body, COMMAND, generation, worker.state, meter, "http-1", ServedModel("gemma")
+        )
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.disconnect"}
@@ -329,7 +332,9 @@ def test_a_slow_reader_gets_fewer_larger_events_and_every_token():
         generation = await worker.client.start(COMMAND)
         meter = GenerationMeter(worker.metrics, streaming=True)
         body = GenerateRequest.model_validate(STREAM)
-        answer = Answer(body, COMMAND, generation, worker.state, meter, "http-1")
+        answer = Answer(
+            body, COMMAND, generation, worker.state, meter, "http-1", ServedModel("gemma")
+        )
         events = []
 
         async def receive() -> dict[str, Any]:

@@ -111,7 +111,7 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Any
         raise
     num_prompt_tokens = sum(generation.accepted.num_prompt_tokens)
     meter.admitted(num_prompt_tokens, has_adapter=model.adapter is not None)
-    answer = Answer(body, command, model, generation, state, meter, request_id(request.scope))
+    answer = Answer(body, command, generation, state, meter, request_id(request.scope), model)
     if body.stream:
         return GenerationStream(answer)
     return await _whole(answer, request)
@@ -124,11 +124,11 @@ class Answer:
         self,
         body: GenerateRequest,
         command: Generate,
-        model: ServedModel,
         generation: Generation,
         state: ServiceState,
         meter: GenerationMeter,
         http_request_id: str,
+        model: ServedModel,
     ) -> None:
         self.id = command.request_id
         self.http_request_id = http_request_id

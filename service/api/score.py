@@ -177,9 +177,9 @@ def _command(body: ScoreRequest, state: ServiceState, model: ServedModel) -> Sco
         num_top=body.top,
         tells_logits="logits" in body.return_,
         priority=body.priority,
-        attribution=None if body.attribution is None else _attribute(body.attribution),
         interventions=tuple(each.command() for each in body.interventions),
         captures=tuple(each.command() for each in body.capture),
+        attribution=None if body.attribution is None else _attribute(body.attribution),
     )
 
 
@@ -275,6 +275,19 @@ def _logits(found: InputScore) -> Logits:
     return Logits(positions=positions, tensor=Tensor(b64=text, dtype="float32", shape=shape))
 
 
+def _captured(found: protocol.CapturedStream) -> CapturedStream:
+    dtype, size = ("float16", 2) if found.is_half else ("float32", 4)
+    num_rows = len(found.positions)
+    width = len(found.numbers) // (size * num_rows) if num_rows else 0
+    text = base64.b64encode(found.numbers).decode("ascii")
+    return CapturedStream(
+        target_index=found.target_index,
+        layer=found.layer,
+        positions=list(found.positions),
+        tensor=Tensor.model_validate({"b64": text, "dtype": dtype, "shape": [num_rows, width]}),
+    )
+
+
 def _attribution(found: InputAttribution, asked: AttributionRequest) -> Attribution:
     scores, tensor = None, None
     if asked.reduce == "none":
@@ -292,19 +305,6 @@ def _attribution(found: InputAttribution, asked: AttributionRequest) -> Attribut
         scores=scores,
         tensor=tensor,
         completeness_error=found.completeness_error,
-    )
-
-
-def _captured(found: protocol.CapturedStream) -> CapturedStream:
-    dtype, size = ("float16", 2) if found.is_half else ("float32", 4)
-    num_rows = len(found.positions)
-    width = len(found.numbers) // (size * num_rows) if num_rows else 0
-    text = base64.b64encode(found.numbers).decode("ascii")
-    return CapturedStream(
-        target_index=found.target_index,
-        layer=found.layer,
-        positions=list(found.positions),
-        tensor=Tensor.model_validate({"b64": text, "dtype": dtype, "shape": [num_rows, width]}),
     )
 
 

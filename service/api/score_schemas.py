@@ -7,14 +7,12 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from service.api.intervention_schemas import MAX_CAPTURES, Capture, Interventions
 from service.api.schemas import (
     MAX_FIELDS,
-    MAX_TOKENS,
     MAX_VOCABULARY,
     ModelName,
     TokenLogprob,
     _check_token_ids,
-    _Model,
-    _refusal,
 )
+from service.api.strict_model import MAX_TOKENS, StrictModel as _Model, refusal as _refusal
 
 MAX_INPUTS = 64
 MAX_TARGETS = 64
@@ -215,12 +213,6 @@ class ScoreRequest(_Model):
     top: int = Field(
         0, ge=0, le=MAX_TOP, description="Alternatives of each token that is told, best first."
     )
-    attribution: AttributionRequest | None = Field(
-        None,
-        description=f"Traces log-probabilities back to tokens, for texts of at most "
-        f"{MAX_ATTRIBUTION_TOKENS} tokens; all of them, once for each step, may have "
-        f"{MAX_ATTRIBUTION_WORK} tokens.",
-    )
     interventions: Interventions = Field(
         default_factory=list,
         description="Changes of the residual stream of every text, in this order; at most 4.",
@@ -230,6 +222,12 @@ class ScoreRequest(_Model):
         max_length=MAX_CAPTURES,
         description="What is told of the residual stream of every text, after interventions; at "
         "most 8 MiB, with logits 16 MiB.",
+    )
+    attribution: AttributionRequest | None = Field(
+        None,
+        description=f"Traces log-probabilities back to tokens, for texts of at most "
+        f"{MAX_ATTRIBUTION_TOKENS} tokens; all of them, once for each step, may have "
+        f"{MAX_ATTRIBUTION_WORK} tokens.",
     )
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
         None,
@@ -308,6 +306,15 @@ class Logits(_Model):
     tensor: Tensor = Field(description="[positions, vocabulary].")
 
 
+class CapturedStream(_Model):
+    """The residual stream of one text at one layer."""
+
+    target_index: int = Field(description="Of whose text: that of this target behind the context.")
+    layer: int
+    positions: list[int] = Field(description="Of the tokens, ascending, `<bos>` being 0.")
+    tensor: Tensor = Field(description="[positions, hidden_dim].")
+
+
 class TokenAttribution(_Model):
     position: int
     id: int
@@ -329,17 +336,12 @@ class Attribution(_Model):
     )
 
 
-class CapturedStream(_Model):
-    """The residual stream of one text at one layer."""
-
-    target_index: int = Field(description="Of whose text: that of this target behind the context.")
-    layer: int
-    positions: list[int] = Field(description="Of the tokens, ascending, `<bos>` being 0.")
-    tensor: Tensor = Field(description="[positions, hidden_dim].")
-
-
 class ScoreResult(_Model):
-    """One input. `logits`, `captures` and `attribution` stand here only if they were asked for."""
+    """One input.
+
+    `logits` stand here only if `return` names them, `captures` if there are any, and `attribution`
+    if it was asked for.
+    """
 
     input_index: int
     model: str = Field(description="The model as resolved, with its version.")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,7 +28,7 @@ class Call:
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
-    body: bytes | None = None
+    body: bytes | None = field(default=None, repr=False)
     accept: str = JSON
     statuses: frozenset[int] = frozenset({200})
     error: Callable[[int, Mapping[str, str], bytes], GemmaError] = error_of_response

@@ -49,6 +49,7 @@ class GenerationStream(_Progress):
         self._events: Generator[GenerationEvent] | None = None
 
     def __enter__(self) -> Self:
+        self._reader = GenerationReader()
         self._response = self._transport.open(self._call)
         self._events = self._read(self._response)
         return self
@@ -89,6 +90,7 @@ class AsyncGenerationStream(_Progress):
         self._events: AsyncGenerator[GenerationEvent] | None = None
 
     async def __aenter__(self) -> Self:
+        self._reader = GenerationReader()
         self._response = await self._transport.open(self._call)
         self._events = self._read(self._response)
         return self

@@ -244,9 +244,9 @@ class Score(Message, frozen=True):
         num_top: Alternatives of each token that is told.
         tells_logits: Whether all logits are told behind which a token of the one target stands.
         priority: Higher ones are read first.
-        attribution: What log-probabilities are traced back to, if they are to be.
         interventions: In every text, in order.
         captures: Of every text, after these.
+        attribution: What log-probabilities are traced back to, if they are to be.
     """
 
     request_id: str
@@ -258,9 +258,9 @@ class Score(Message, frozen=True):
     num_top: int = 0
     tells_logits: bool = False
     priority: int = 0
-    attribution: Attribute | None = None
     interventions: tuple[Intervention, ...] = ()
     captures: tuple[Capture, ...] = ()
+    attribution: Attribute | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -435,6 +435,16 @@ class TargetScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: tuple[TokenScore, ...]
 
 
+class CapturedStream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The residual stream of one text at one layer: ``numbers``, little-endian, by position."""
+
+    target_index: int
+    layer: int
+    positions: tuple[int, ...]
+    is_half: bool
+    numbers: bytes
+
+
 class TokenAttribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token of a text, by its place there, and what was traced back to it."""
 
@@ -459,16 +469,6 @@ class InputAttribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     completeness_error: float | None
 
 
-class CapturedStream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The residual stream of one text at one layer: ``numbers``, little-endian, by position."""
-
-    target_index: int
-    layer: int
-    positions: tuple[int, ...]
-    is_half: bool
-    numbers: bytes
-
-
 class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The targets of one input, in order; ``num_prompt_tokens`` as in `Accepted`.
 
@@ -480,8 +480,8 @@ class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_prompt_tokens: int
     targets: tuple[TargetScore, ...]
     logits: bytes = b""
-    attribution: InputAttribution | None = None
     captures: tuple[CapturedStream, ...] = ()
+    attribution: InputAttribution | None = None
 
 
 class Scored(Message, frozen=True):

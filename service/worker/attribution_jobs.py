@@ -9,8 +9,10 @@ from model.attribution_questions import (
     Attribution,
     AttributionQuestion,
 )
+from model.intervention_slots import Touch
 from model.slots import EngineInfo
 from service.protocol.messages import Attribute, Score, ScoredContext, ScoredText
+from service.worker.interventions import intervention_of, places_between
 from service.worker.scheduler import RowKey
 from service.worker.score_inputs import InvalidInput, PlannedInput, PlannedTarget
 
@@ -63,7 +65,7 @@ def attribution_questions(
         chosen = _chosen(asked, index, planned)
         for number in chosen:
             _check_length(command, index, number, planned.targets[number])
-        questions.append(_question(asked, planned, [planned.targets[each] for each in chosen]))
+        questions.append(_question(command, planned, [planned.targets[each] for each in chosen]))
     _check_work(asked, questions, info)
     return questions
 
@@ -97,18 +99,11 @@ def _check_length(command: Score, index: int, number: int, target: PlannedTarget
 
 
 def _question(
-    asked: Attribute, planned: PlannedInput, targets: Sequence[PlannedTarget]
+    command: Score, planned: PlannedInput, targets: Sequence[PlannedTarget]
 ) -> AttributionQuestion:
-    texts = tuple(
-        AttributedText(
-            target.text_ids,
-            tuple(
-                (position - 1, token_id)
-                for position, token_id in zip(target.positions, target.token_ids, strict=True)
-            ),
-        )
-        for target in targets
-    )
+    asked = command.attribution
+    assert asked is not None, "somebody asks"
+    texts = tuple(_text(command, target) for target in targets)
     first = texts[0].token_ids
     num_told = len(first)
     if len(texts) > 1:
@@ -120,6 +115,18 @@ def _question(
     return AttributionQuestion(
         texts, num_told, asked.layer, asked.num_steps, asked.target is None, asked.reduction
     )
+
+
+def _text(command: Score, target: PlannedTarget) -> AttributedText:
+    pairs = zip(target.positions, target.token_ids, strict=True)
+    asked = tuple((position - 1, token_id) for position, token_id in pairs)
+    # On what stands behind the last place that is asked about nothing depends.
+    num_read = max(place for place, _ in asked) + 1
+    touches = tuple(
+        Touch(intervention_of(each), places_between(places, 0, num_read))
+        for each, places in zip(command.interventions, target.touched, strict=True)
+    )
+    return AttributedText(target.text_ids, asked, touches)
 
 
 def _check_work(

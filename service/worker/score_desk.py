@@ -248,19 +248,23 @@ class ScoreDesk:
             return []
         assert job.answer is not None, "it has ended"
         request = self._requests[job.key.request_id]
-        if not job.answer.is_finite:
-            return [self._fail(request, "numerical", _NOT_FINITE)]
-        return self._end_if_done(request)
+        return self._go_on(request, is_finite=job.answer.is_finite)
 
     def _take(self, place: _Place, question: AskedPlace, answer: PlaceScore) -> list[Event]:
         request = place.request
         if not answer.is_finite:
-            return [self._fail(request, "numerical", _NOT_FINITE)]
+            return self._go_on(request, is_finite=False)
         numbers = dict(
             zip(question.token_ids, zip(answer.logprobs, answer.ranks, strict=True), strict=True)
         )
         for token in place.asked.tokens:
             request.take(token, *numbers[token.token_id], answer)
+        return self._go_on(request, is_finite=True)
+
+    def _go_on(self, request: ScoreRequest, *, is_finite: bool) -> list[Event]:
+        """How a request ended, if something that was found for it ends it."""
+        if not is_finite:
+            return [self._fail(request, "numerical", _NOT_FINITE)]
         return self._end_if_done(request)
 
     def _fail(self, request: ScoreRequest, code: str, detail: str) -> Event:

@@ -46,12 +46,16 @@ class InvalidInput(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PlannedTarget:
-    """Token ids of a target, their positions in its text, and all ids of that."""
+    """Token ids of a target, their positions in its text, and all ids of that.
+
+    ``touched`` has the positions of the text at which each intervention acts.
+    """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     num_bytes: int
     text_ids: tuple[int, ...]
+    touched: tuple[range | tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +203,11 @@ class ScoreInputs:
             raise InvalidInput("invalid_field", "The text has no token to score.", pointer)
         self._check_length(len(token_ids), pointer)
         positions = tuple(range(1, len(token_ids)))
-        target = PlannedTarget(token_ids[1:], positions, len(text.encode()), token_ids)
         places = TextPlaces(len(token_ids), range(1, len(token_ids)))
-        return self._whole(token_ids, target, self._text(command, index, 0, places))
+        whole = self._text(command, index, 0, places)
+        num_bytes = len(text.encode())
+        target = PlannedTarget(token_ids[1:], positions, num_bytes, token_ids, whole.touched)
+        return self._whole(token_ids, target, whole)
 
     def _plan_ids(self, command: Score, index: int, given: ScoredIds, pointer: str) -> PlannedInput:
         token_ids, asked_ids = given.token_ids, given.target_ids
@@ -223,7 +229,7 @@ class ScoreInputs:
         num_bytes = sum(len(self._codec.piece_bytes(token_id)) for token_id in ids)
         masked = tuple(place for place, is_asked in enumerate(mask) if is_asked)
         text = self._text(command, index, 0, TextPlaces(len(token_ids), masked))
-        target = PlannedTarget(ids, positions, num_bytes, token_ids)
+        target = PlannedTarget(ids, positions, num_bytes, token_ids, text.touched)
         return self._whole(token_ids, target, text)
 
     def _whole(self, token_ids: Sequence[int], target: PlannedTarget, text: _Text) -> PlannedInput:
@@ -252,9 +258,16 @@ class ScoreInputs:
                 detail = "The target has no token of its own behind the context."
                 raise InvalidInput("invalid_field", detail, place)
             positions = tuple(range(len(context), len(joined)))
-            targets.append(PlannedTarget(token_ids, positions, len(text.encode()), joined))
-            places = TextPlaces(len(joined), range(len(context), len(joined)))
-            texts.append(self._text(command, index, number, places))
+            texts.append(
+                self._text(
+                    command,
+                    index,
+                    number,
+                    TextPlaces(len(joined), range(len(context), len(joined))),
+                )
+            )
+            touched = texts[-1].touched
+            targets.append(PlannedTarget(token_ids, positions, len(text.encode()), joined, touched))
             num_read = max(len(token_ids) - 1, texts[-1].num_captured_tokens - len(before))
             if num_read > self._info.chunk_tokens:
                 passages.append(self._passage(before, targets, texts, [number]))

@@ -86,11 +86,8 @@ class ScoreRequest:
     @property
     def is_done(self) -> bool:
         """Whether everything that it asked is known."""
-        return (
-            self._num_missing == 0
-            and self._num_missing_captures == 0
-            and all(each.answer for each in self.attributions)
-        )
+        num_missing = self._num_missing + self._num_missing_captures
+        return num_missing == 0 and all(each.answer for each in self.attributions)
 
     def touches(self, piece: ScorePiece) -> tuple[Touch, ...]:
         """Interventions in one of its pieces."""
@@ -140,8 +137,8 @@ class ScoreRequest:
                     for number, target in enumerate(given.targets)
                 ),
                 b"".join(self._logits[place] for place in sorted(self._logits)),
-                self._attribution(self.attributions[index]) if self.attributions else None,
                 tuple(stream for each in given.captures for stream in self._streams(index, each)),
+                self._attribution(self.attributions[index]) if self.attributions else None,
             )
             for index, given in enumerate(self._inputs)
         )

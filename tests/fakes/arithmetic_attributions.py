@@ -1,5 +1,5 @@
 """Attributions of the arithmetic engine: of token t behind some place, each token up to the place
-gets its own id, and each later one nothing. The layer is added to the first of its numbers.
+gets its own id and the layer, and each later one nothing.
 
 So ids say whose text was attributed and to what, and they add up over targets.
 """
@@ -10,8 +10,8 @@ from collections.abc import Generator, Sequence
 
 from model.attribution_questions import Attribution, AttributionQuestion, passes
 
-NUM_LAYERS = 2
-WIDTH = 2
+NUM_LAYERS = 1
+WIDTH = 1
 
 
 class ArithmeticAttributions:
@@ -27,7 +27,7 @@ class ArithmeticAttributions:
 
     def attribute(self, question: AttributionQuestion) -> Generator[bool, None, Attribution]:
         assert -1 <= question.layer < NUM_LAYERS
-        rows = [[0.0, 0.0] for _ in range(question.num_told)]
+        rows = [[0.0] for _ in range(question.num_told)]
         is_finite = True
         for text in question.texts:
             assert (
@@ -44,7 +44,6 @@ class ArithmeticAttributions:
             for place, _ in text.asked:
                 for row, token_id in zip(rows, text.token_ids[: place + 1], strict=False):
                     row[0] += token_id + question.layer
-                    row[1] += token_id
         sign = -1 if question.is_loss else 1
         if question.reduction == "none":
             numbers = [sign * number for row in rows for number in row]

@@ -24,6 +24,7 @@ using gemma::BFloat16;
 using gemma::Buffer;
 using gemma::InstructionSet;
 using gemma::Matrix;
+using gemma::LowRankPart;
 using gemma::Part;
 using gemma::untouchable;
 
@@ -41,11 +42,12 @@ class Fuzz {
     for (char*& page : pages_) page = untouchable();
   }
 
-  // One product of each kind of weight, one attention, one row of each kind, and now and then a block.
+  // One product of each kind of weight, one attention, one row and one low-rank addition, and now and
+  // then a block.
   bool agrees() {
     use_pages_ = up_to(1) == 1;
     return product_agrees<float>() && product_agrees<BFloat16>() && attention_agrees() &&
-           rows_agree() && (up_to(9) != 0 || block_agrees());
+           rows_agree() && low_rank_agrees() && (up_to(9) != 0 || block_agrees());
   }
 
  private:
@@ -265,6 +267,38 @@ class Fuzz {
     std::vector<const InstructionSet*> sets = available();
     sets.insert(sets.begin(), &gemma::kPlain);
     return sets;
+  }
+
+  bool low_rank_agrees() {
+    const std::int64_t tokens = 1 + up_to(20), rank = 1 + up_to(20), in_width = up_to(100),
+                       out_width = 1 + up_to(100), y_width = out_width + up_to(9);
+    const std::int64_t numbers = (tokens - 1) * y_width + out_width;
+    const Buffer x = buffer<float>(tokens * in_width, 0), a = buffer<float>(rank * in_width, 1);
+    const Buffer b = buffer<float>(rank * out_width, 2);
+    fill(x.of<float>(), tokens * in_width);
+    fill(a.of<float>(), rank * in_width);
+    fill(b.of<float>(), rank * out_width);
+    std::vector<float> before(static_cast<std::size_t>(numbers));
+    fill(before.data(), numbers);
+    const auto add = [&](const InstructionSet& set, const Buffer& y) {
+      const Buffer low = buffer<float>(tokens * rank, 4);
+      std::memcpy(y.of<float>(), before.data(), before.size() * sizeof(float));
+      set.add_low_rank(LowRankPart{x.of<float>(), a.of<float>(), b.of<float>(), y.of<float>(),
+                                   low.of<float>(), tokens, rank, in_width, out_width, y_width});
+    };
+    const Buffer expected = buffer<float>(numbers, 3);
+    add(gemma::kPlain, expected);
+    for (const InstructionSet* set : available()) {
+      const Buffer y = buffer<float>(numbers, 5);
+      add(*set, y);
+      // What is no output of the part must stay as it is, so all of it is compared.
+      if (!is_equal(expected, y, numbers)) {
+        std::printf("%s: low rank, %ld tokens, rank %ld, in %ld, out %ld of %ld\n", set->name,
+                    long(tokens), long(rank), long(in_width), long(out_width), long(y_width));
+        return false;
+      }
+    }
+    return true;
   }
 
   static void multiply(const InstructionSet& set, const Part<float>& part) {
