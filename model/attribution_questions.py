@@ -135,7 +135,7 @@ class AttributionEngine(ScoreEngine, Protocol):
     def attribute(self, question: AttributionQuestion) -> Generator[bool, None, Attribution]:
         """Answers; pauses after each part of the work, and says whether it ended a pass.
 
-        Between two passes it holds no more than the sum so far.
+        Between two passes it holds the derivatives so far, and nothing on the device.
         """
 
 

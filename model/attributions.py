@@ -13,7 +13,7 @@ from model.config import GemmaConfig
 from model.gemma.block import LayerTraits
 from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.weights import GemmaWeights
-from model.integration_path import derivative_points, first_scales, next_scales
+from model.integration_path import IntegrationPath
 from model.programs import ProgramSpec
 
 # The error of completeness is not told relative to a change smaller than this.
@@ -63,7 +63,8 @@ class Attributions:
                 if question.num_steps:
                     yield from _integrate(line, found)
                 else:
-                    found.add((yield from line.derivative([(1.0, 1.0)])))
+                    [derivative] = yield from line.derivatives([1.0])
+                    found.add(derivative.astype(np.float64))
         except NotFinite:
             return Attribution(b"", is_finite=False)
         return found.answer()
@@ -92,20 +93,18 @@ class _Line:
             yield True
         return dict(zip(scales, found, strict=True))
 
-    def derivative(self, points: Sequence[tuple[float, float]]) -> Generator[bool, None, Parts]:
-        """Its derivatives by the stream at (scale, weight) pairs, added up."""
-        added = np.zeros(self.stream.shape)
-        num_done = 0
-        for size in passes(self._text.num_read, len(points)):
-            scales, weights = zip(*points[num_done : num_done + size.num_rows], strict=True)
+    def derivatives(self, scales: Sequence[float]) -> Generator[bool, None, list[Stream]]:
+        """Its derivative by the stream at each scale."""
+        found: list[Stream] = []
+        for size in passes(self._text.num_read, len(scales)):
+            streams = self._at(scales[len(found) :][: size.num_rows])
             result = yield from self._passes.run(
-                self._text, self._at(scales), size, self._layer, wants_derivative=True
+                self._text, streams, size, self._layer, wants_derivative=True
             )
             assert result.by_stream is not None, "it was wanted"
-            added += np.tensordot(np.array(weights), result.by_stream.astype(np.float64), 1)
-            num_done += size.num_rows
+            found += list(result.by_stream)
             yield True
-        return added
+        return found
 
     def _at(self, scales: Sequence[float]) -> np.ndarray:
         streams: np.ndarray = np.array(scales, np.float32)[:, None, None] * self.stream
@@ -114,13 +113,20 @@ class _Line:
 
 def _integrate(line: _Line, found: "_Found") -> Generator[bool, None, None]:
     """What each number of the stream adds to the change along the line."""
-    num_steps = found.question.num_steps
-    values = yield from line.values(first_scales(num_steps))
-    while scales := next_scales(values, num_steps):
-        values |= yield from line.values(scales)
-    added = yield from line.derivative(derivative_points(values, num_steps))
+    path = IntegrationPath(found.question.num_steps)
+    derivatives: dict[float, Stream] = {}
+    while not path.is_done:
+        values = yield from line.values(path.wanted_values())
+        path.note_values(values)
+        scales = path.wanted_slopes()
+        for scale, derivative in zip(scales, (yield from line.derivatives(scales)), strict=True):
+            derivatives[scale] = derivative
+            path.note_slope(scale, float((derivative * line.stream).sum(dtype=np.float64)))
+    added = np.zeros(line.stream.shape)
+    for scale, length in path.weights():
+        added += length * derivatives[scale]
     found.add(added * line.stream)
-    found.change += values[max(values)] - values[min(values)]
+    found.change += path.change
 
 
 class _Found:

@@ -1,13 +1,14 @@
 """Where integrated gradients look along the line from zero to the residual stream.
 
-Along this line a log-probability lies still for long stretches and changes within a hundredth of it
-somewhere, where attention turns to another token. Points at equal distances miss that place: with
-64 of them half of the change was missing. So values of the log-probability, which cost a third of
-a derivative, say where it changes, and the derivatives are taken there::
+Along this line a log-probability lies still for long stretches, and changes within a thousandth of
+it somewhere, where attention turns to another token. Points at equal distances miss that place:
+with 64 of them half of the change was missing. So the line is cut into intervals. Values at their
+borders, which cost a third of a derivative, say how much changes in each; one derivative in the
+middle says what that would be if it were the same all along. The interval where the two differ most
+is cut into three, of which the one in the middle has its derivative already::
 
-    scale       START .................................... 1
-    value        |        |        |    |  | | | |  |     |      intervals, halved where it changes
-    derivative      x   x     x   x    x x |x x|x x| x x x       Gauss's points, as dense as these
+    |           x           |           x           |     differs here
+    |           x           |   x   |   x   |   x   |
 
 At zero itself there is nothing to integrate. What enters a norm there has no direction, so that the
 value at zero and that just beside it have nothing in common. The line begins at `START`.
@@ -18,59 +19,114 @@ https://arxiv.org/abs/2302.11107.
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 # The baseline: zero, to three places of the stream.
 START = 2.0**-10
 
-# Derivatives in each interval.
-_POINTS = 2
-# Intervals that are halved before the next ones are chosen.
-_HALVED_TOGETHER = 4
-# Values are looked at first at a quarter of the places that there will be.
-_FIRST_SHARE = 4
+# Intervals that are halved by their values alone, of eight steps; and how many of these at first.
+_FIRST_EIGHTHS = 3
+_EQUAL_SHARE = 4
+# Intervals that are cut before the next ones are chosen.
+_CUT_TOGETHER = 4
 
 
-def first_scales(num_steps: int) -> list[float]:
-    """Where the value is looked at first, both ends among them."""
-    num_intervals = max(num_steps // _FIRST_SHARE, 1)
-    scales: list[float] = np.linspace(START, 1.0, num_intervals + 1).tolist()
-    return scales
+@dataclass(frozen=True, slots=True)
+class _Interval:
+    """Between two scales; ``middle`` is where its derivative is taken."""
+
+    low: float
+    high: float
+    middle: float
 
 
-def next_scales(values: Mapping[float, float], num_steps: int) -> list[float]:
-    """Where to look next, in the middle of intervals; none if there are as many as steps."""
-    scales = sorted(values)
-    amounts = _amounts(values)
-    missing = num_steps - len(amounts)
-    order = sorted(range(len(amounts)), key=lambda i: -amounts[i])
-    chosen = sorted(order[: min(missing, _HALVED_TOGETHER)])
-    return [(scales[i] + scales[i + 1]) / 2 for i in chosen]
+class IntegrationPath:
+    """Asks for values and slopes, in turns, until it has as many slopes as there are steps.
 
+    A slope is the derivative by the scale. With an odd number left over, there is one less.
 
-def derivative_points(values: Mapping[float, float], num_steps: int) -> list[tuple[float, float]]:
-    """Scale and weight of each derivative; the weights add up to the length of the line.
-
-    The intervals for them hold as much as each other; an odd one out has one point.
+    Args:
+        num_steps: At least one.
     """
-    ends = np.concatenate([[0.0], np.cumsum(_amounts(values))])
-    pairs = num_steps / _POINTS
-    borders = np.minimum(np.arange(np.ceil(pairs) + 1), pairs) / pairs * ends[-1]
-    points: list[tuple[float, float]] = []
-    for low, high in itertools.pairwise(np.interp(borders, ends, sorted(values))):
-        places, weights = np.polynomial.legendre.leggauss(min(_POINTS, num_steps - len(points)))
-        half = (high - low) / 2
-        points += [
-            (low + half + half * place, half * weight)
-            for place, weight in zip(places.tolist(), weights.tolist(), strict=True)
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._num_first = max(num_steps * _FIRST_EIGHTHS // 8, 1)
+        self._values: dict[float, float] = {}
+        self._slopes: dict[float, float] = {}
+        self._intervals: list[_Interval] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more is to be asked for."""
+        return bool(self._slopes) and self._num_steps - len(self._slopes) < 2
+
+    @property
+    def change(self) -> float:
+        """Of the value, from the beginning to the end."""
+        return self._values[1.0] - self._values[START]
+
+    def wanted_values(self) -> list[float]:
+        """Scales at which values are to be told next."""
+        if not self._values:
+            num_equal = max(self._num_first // _EQUAL_SHARE, 1)
+            scales: list[float] = np.linspace(START, 1.0, num_equal + 1).tolist()
+            return scales
+        if len(self._values) <= self._num_first:
+            return self._halves()
+        if not self._slopes:
+            return []
+        self._cut()
+        borders = {border for each in self._intervals for border in (each.low, each.high)}
+        return sorted(borders - self._values.keys())
+
+    def note_values(self, values: Mapping[float, float]) -> None:
+        """Answers `wanted_values`."""
+        self._values |= values
+        if not self._slopes and len(self._values) > self._num_first:
+            pairs = itertools.pairwise(sorted(self._values))
+            self._intervals = [_Interval(low, high, (low + high) / 2) for low, high in pairs]
+
+    def wanted_slopes(self) -> list[float]:
+        """Scales at which derivatives are to be told next; none while values are still missing."""
+        return [each.middle for each in self._intervals if each.middle not in self._slopes]
+
+    def note_slope(self, scale: float, slope: float) -> None:
+        """Answers one of `wanted_slopes`."""
+        self._slopes[scale] = slope
+
+    def weights(self) -> list[tuple[float, float]]:
+        """Each scale of a derivative with the length of line that it stands for."""
+        return [(each.middle, each.high - each.low) for each in self._intervals]
+
+    def _halves(self) -> list[float]:
+        """Middles of intervals: where most of the change is, and the longest of those alike."""
+        pairs = list(itertools.pairwise(sorted(self._values)))
+        changes = [abs(self._values[high] - self._values[low]) for low, high in pairs]
+        total = sum(changes) or 1.0
+        amounts = [
+            change / total + high - low for change, (low, high) in zip(changes, pairs, strict=True)
         ]
-    return points
+        missing = self._num_first - len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -amounts[i])
+        return [sum(pairs[i]) / 2 for i in sorted(order[: min(missing, _CUT_TOGETHER)])]
 
+    def _cut(self) -> None:
+        """Cuts the intervals whose slope explains their change least."""
+        order = sorted(self._intervals, key=lambda each: -self._difference(each))
+        count = min(_CUT_TOGETHER, (self._num_steps - len(self._slopes)) // 2)
+        for each in order[:count]:
+            third = (each.high - each.low) / 3
+            first, second = each.low + third, each.high - third
+            place = self._intervals.index(each)
+            self._intervals[place : place + 1] = [
+                _Interval(each.low, first, each.low + third / 2),
+                _Interval(first, second, each.middle),
+                _Interval(second, each.high, each.high - third / 2),
+            ]
 
-def _amounts(values: Mapping[float, float]) -> list[float]:
-    """Of each interval: its share of the change, and its length."""
-    pairs = list(itertools.pairwise(sorted(values)))
-    changes = [abs(values[high] - values[low]) for low, high in pairs]
-    total = sum(changes) or 1.0
-    return [change / total + high - low for change, (low, high) in zip(changes, pairs, strict=True)]
+    def _difference(self, interval: _Interval) -> float:
+        change = self._values[interval.high] - self._values[interval.low]
+        return abs(change - (interval.high - interval.low) * self._slopes[interval.middle])

@@ -63,7 +63,7 @@ class IntervenedCopies:
             token_ids = np.zeros(part.shape[:2], np.int32)
             calls = self._streams.changes([touches], layer)
             for changes in map(_backward, reversed(calls)) if is_derivative else calls:
-                part = np.asarray(self._streams.change(token_ids, part, changes).x)
+                part, _ = self._streams.change(token_ids, part, changes)
             on_host[:, own] = part
         return jnp.asarray(on_host)
 
@@ -84,4 +84,5 @@ def _backward(changes: TokenInterventions) -> TokenInterventions:
     back = operations.copy()
     back[operations == code_of("add")] = 0
     back[operations == code_of("set")] = code_of("zero")
-    return TokenInterventions(back[::-1], scales[::-1], vector_ids[::-1], vectors)  # type: ignore[arg-type]
+    last_first = (back[::-1], scales[::-1], vector_ids[::-1], vectors)
+    return TokenInterventions(*map(jnp.asarray, last_first))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from model.adapters import save_lora
@@ -16,7 +17,7 @@ def lora_file(
 ) -> Path:
     """An adapter of random numbers that its name decides."""
     preset = KerasPreset.open(goldens.preset_directory("gemma3_tiny"))
-    backbone = Backbone(preset.config, dict(preset.arrays()))
+    backbone = Backbone(preset.config, {key: jnp.asarray(array) for key, array in preset.arrays()})
     backbone.enable_lora(rank, target_layer_names=targets)
     draw = np.random.default_rng(list(name.encode()))
     for holder in backbone.lora_layers.values():

@@ -188,9 +188,8 @@ def test_rows_of_adapters_and_of_the_base_answer_together_as_alone_to_the_last_b
 ):
     engine = engine_of(NAME, kernels)
     two_adapters(engine)
-    # 300 tokens are two chunks when alone; here each is within one.
     rows = [(2, random_tokens(200, 1), 1), (0, random_tokens(3, 2), 0),
-            (3, random_tokens(40, 3), 3), (1, random_tokens(40, 3), 0)]  # fmt: skip
+            (3, random_tokens(25, 3), 3), (1, random_tokens(25, 3), 0)]  # fmt: skip
     alone = continue_rows(engine, rows, together=False)
     assert continue_rows(engine, rows) == alone
     short = rows[1:]

@@ -134,11 +134,15 @@ def test_every_field_of_a_request_can_be_given(request_, fields, arguments):
         ("ScoredTarget", score.ScoredTarget),
         ("ScoredToken", score.ScoredToken),
         ("Logits", score.Logits),
+        ("CapturedStream", score.CapturedStream),
+        ("Attribution", score.Attribution),
+        ("TokenAttribution", score.TokenAttribution),
         ("Tensor", score.Tensor),
         ("Health", ops.Health),
         ("Ready", ops.Ready),
         ("Info", ops.Info),
         ("SelfTestResult", ops.SelfTestResult),
+        ("AdapterLimits", ops.AdapterLimits),
     ],
 )
 def test_every_field_of_an_answer_has_a_type(schema, answer):

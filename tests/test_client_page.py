@@ -52,7 +52,7 @@ def test_every_example_of_the_page_runs(service, tmp_path):
     done = run("\n".join(blocks), service, tmp_path)
 
     assert done.returncode == 0, done.stderr
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     assert "/top_p: should be less than or equal to 1 (HTTP 422, code invalid_field" in done.stdout
     # What ends the page.
     assert done.stdout.endswith("\nok\n")

@@ -89,7 +89,21 @@ def any_score(draw):
         dtype = draw.choice(["float16", "float32"])
         positions = draw.choice(["all", "context", "target", "last", [1, 0]])
         body["capture"] = [{"layers": layers, "positions": positions, "dtype": dtype}]
+    if draw.random() < 0.5 and all(len(each) <= 512 for each in ids):
+        body["attribution"] = any_attribution(draw)
     return body
+
+
+def any_attribution(draw):
+    asked = {
+        "method": "gradient",
+        "of": draw.choice(["target_logprob", "loss_sum"]),
+        "layer": draw.randrange(-1, 7),
+        "reduce": draw.choice(["none", "dot_input", "l2"]),
+    }
+    if draw.random() < 0.5:
+        asked |= {"method": "integrated_gradients", "steps": draw.randint(1, 5)}
+    return asked
 
 
 async def send(url, bodies, *, at_once):

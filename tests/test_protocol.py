@@ -18,6 +18,7 @@ from service.protocol import framing
 from service.protocol.framing import ProtocolError
 from service.protocol.messages import (
     Accepted,
+    Attribute,
     Cancel,
     Capture,
     CapturedStream,
@@ -27,6 +28,7 @@ from service.protocol.messages import (
     Finished,
     Generate,
     Heartbeat,
+    InputAttribution,
     InputScore,
     Intervention,
     Load,
@@ -46,6 +48,7 @@ from service.protocol.messages import (
     StopRules,
     TargetScore,
     Timings,
+    TokenAttribution,
     TokenLogprob,
     TokenLogprobs,
     TokenScore,
@@ -107,6 +110,7 @@ COMMANDS: list[Command] = [
         num_top=20,
         interventions=(Intervention("scale", (0,), "target", 2.0),),
         captures=(Capture((-1, 2), (0, 3), is_half=True), Capture((0,), "all", is_half=False)),
+        attribution=Attribute(layer=-1, target=None, num_steps=8, reduction="l2"),
     ),
     Cancel("gen_1"),
 ]
@@ -151,6 +155,7 @@ EVENTS: list[Event] = [
                 3,
                 (TARGET, TARGET),
                 captures=(CapturedStream(1, -1, (0, 5), is_half=True, numbers=bytes(8)),),
+                attribution=InputAttribution(2, (TokenAttribution(2, "a", 0.5),), b"", 0.01),
             ),
         ),
         Timings(queue_seconds=0.1, first_token_seconds=None, total_seconds=0.5),

@@ -30,8 +30,10 @@ from tests import goldens
 from tests.service_process import REPOSITORY, command
 
 CHUNKS = (64, 128, 256)
-# The last: four beams and a candidate against steps, then three and four rows of a search.
-PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7)
+# Behind the copy: four beams and a candidate against steps, then three and four rows of a search.
+# With adapters: seven positions by each chunk program and of three prompts in one chunk, and four
+# rows in two orders.
+PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7 + 7 * (3 + 3) + 2 * 4)
 # A continuation of 11 tokens in three companies, and a full batch of the head.
 NUM_SCORES = 3 * 11 + 32
 KERNELS = "avx2 of-these-sources.so"
@@ -65,7 +67,7 @@ class Tape:
         num_tokens, place = sum(len(chunk.token_ids) for chunk in chunks), 0
         assert num_tokens <= (256 if len(chunks) == 1 else 64)
         self.chunks.append([(chunk.slot, chunk.start, len(chunk.token_ids)) for chunk in chunks])
-        for slot, token_ids, start, _ in map(astuple, chunks):
+        for slot, token_ids, start, *_ in map(astuple, chunks):
             assert start % 256 == 0
             before = self.sums[slot, start - 1] if start else np.float32(0)
             for offset, token_id in enumerate(token_ids):
@@ -250,7 +252,7 @@ def test_a_difference_behind_the_first_block_is_found():
 
     def prefill_unevenly(chunks):
         yield from prefill(chunks)
-        slot, token_ids, start = astuple(chunks[0])
+        slot, token_ids, start, *_ = astuple(chunks[0])
         if start and len(token_ids) == 64:
             tape.sums[slot, start + 4] = up(tape.sums[slot, start + 4])
 
@@ -300,6 +302,23 @@ def test_one_unit_in_one_row_of_a_compiled_step_is_found(engine_of, monkeypatch)
 
     monkeypatch.setitem(engine._programs, "decode[4]", uneven)
     with pytest.raises(SelfTestFailed, match=r"among 3 \(at place 2, .*--slots 2"):
+        compare_bits(engine)
+
+
+def test_one_unit_in_one_row_beside_adapters_is_found(engine_of, monkeypatch):
+    engine = engine_of("gemma3_tiny")
+    program = engine._programs["decode[4]"]
+
+    def uneven(*arguments):
+        states, outputs = program(*arguments)
+        logprobs = np.array(outputs.logprobs)
+        if np.any(arguments[-1]):
+            logprobs[0, 0] = up(logprobs[0, 0])
+        return states, outputs._replace(logprobs=logprobs)
+
+    monkeypatch.setitem(engine._programs, "decode[4]", uneven)
+    message = "a row beside rows of other adapters, 4 in all.*--adapter-slots 0"
+    with pytest.raises(SelfTestFailed, match=message):
         compare_bits(engine)
 
 
@@ -393,8 +412,8 @@ def test_a_claim_is_about_programs_weights_kernels_and_threads(monkeypatch):
         lambda text: "[" * 4000,
         lambda text: "[]",
         lambda text: text.replace('"claim": "', '"claim": "0'),
-        lambda text: text.replace("183", "-1"),
-        lambda text: text.replace("183", "true"),
+        lambda text: text.replace("233", "-1"),
+        lambda text: text.replace("233", "true"),
         lambda text: text.replace("[2, 4]", '"2"'),
         lambda text: text.replace("chunk_tokens", "chunks"),
     ],
@@ -424,7 +443,8 @@ def test_a_second_start_trusts_the_record_of_the_first(engine_of, cache_dir):
         path.write_text(json.dumps(json.loads(marked[path]) | {"num_comparisons": 12_345}))
     try:
         preset = str(goldens.preset_directory("gemma3_tiny"))
-        again = load(EngineOptions(preset, 4, 1024, cache_dir), no_progress)
+        options = EngineOptions(preset, 4, 1024, cache_dir, adapter_slots=4, adapter_max_rank=8)
+        again = load(options, no_progress)
     finally:
         for path, text in marked.items():
             path.write_text(text)
@@ -442,7 +462,7 @@ def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
     shown = asyncio.run(ops.info(state)).model_dump()["self_test"]
     assert shown == {
         "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS],
-        "comparisons": 183 + NUM_SCORES,
+        "comparisons": PASSED.num_comparisons + NUM_SCORES,
     }  # fmt: skip
     view.info = server_info(replace(engine.info, self_test=None))
     assert asyncio.run(ops.info(state)).self_test is None

@@ -86,8 +86,9 @@ def test_a_steered_stream_is_the_steered_whole(service):
     # Every token counts for 5 more.
     assert whole == [21, 47, 99, 203, 411]
     assert [t for e in tokens_of_stream(service, greedy) for t in e["token_ids"]] == whole
-    for search in ({"sampler": "beam", "num_beams": 2}, {"sampler": "contrastive", "top_k": 2}):
-        response = service.generate(**{**body, "max_tokens": 1}, **search)
+    contrastive = {"sampler": "contrastive", "top_k": 2, "contrastive_alpha": 0}
+    for search in ({"sampler": "beam", "num_beams": 2}, contrastive):
+        response = service.client.post("/generate", json={**body, "max_tokens": 1, **search})
         assert response.json()["outputs"][0]["token_ids"] == whole[:1]
 
 

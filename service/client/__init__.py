@@ -31,6 +31,7 @@ from service.client.generate import (
     TokenEvent,
 )
 from service.client.ops import Health, Info, Ready
+from service.client.residual_stream import Capture, Intervention, Vector, vector
 from service.client.score import (
     ScoredTarget,
     ScoredToken,
@@ -44,6 +45,7 @@ from service.client.streams import AsyncGenerationStream, GenerationStream
 __all__ = [
     "AsyncGemmaClient",
     "AsyncGenerationStream",
+    "Capture",
     "Conflict",
     "ConnectionFailed",
     "ConnectionLost",
@@ -57,6 +59,7 @@ __all__ = [
     "GenerationStream",
     "Health",
     "Info",
+    "Intervention",
     "InvalidField",
     "NotFound",
     "Output",
@@ -77,4 +80,6 @@ __all__ = [
     "TokenEvent",
     "Unavailable",
     "UnexpectedAnswer",
+    "Vector",
+    "vector",
 ]

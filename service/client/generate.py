@@ -11,6 +11,7 @@ from pydantic import AwareDatetime
 from service.client.call import EVENT_STREAM, Answer, Call, check_names, read, to_json
 from service.client.errors import ConnectionLost, GemmaError, error_of_event
 from service.client.event_stream import Event, EventReader
+from service.client.residual_stream import Intervention
 from service.client.tokens import TokenLogprob
 
 # A text, several, the token ids of one prompt, or several of those.
@@ -24,6 +25,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "timeout", "cancelled"]
 class GenerateFields(TypedDict, total=False):
     """What may be said beside the prompt; ranges and defaults are the service's."""
 
+    model: str | None
     max_tokens: int
     max_length: int | None
     echo: bool
@@ -47,6 +49,7 @@ class GenerateFields(TypedDict, total=False):
     ignore_eos: bool
     timeout_s: float | None
     priority: int
+    interventions: Sequence[Intervention]
 
 
 class Output(Answer):

@@ -38,6 +38,13 @@ class SelfTestResult(Answer):
     comparisons: int
 
 
+class AdapterLimits(Answer):
+    """How many adapters are in memory at once, and of which rank they may be."""
+
+    slots: int
+    max_rank: int
+
+
 class Info(Answer):
     """What is served, on what, within which limits and with which defaults."""
 
@@ -63,6 +70,7 @@ class Info(Answer):
     buckets: dict[str, Any]
     programs: list[str]
     self_test: SelfTestResult | None
+    adapters: AdapterLimits
     defaults: dict[str, Any]
     version: str
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 from service.client.call import Answer, Call, check_names, to_json
+from service.client.residual_stream import Capture, Intervention
 from service.client.tokens import TokenLogprob
 
 
@@ -33,6 +34,17 @@ ScoreInput: TypeAlias = ContextInput | TextInput | IdsInput
 ScoreReturn: TypeAlias = Literal["logprob", "tokens", "top", "loss", "prob", "greedy", "logits"]
 
 
+class AttributionField(TypedDict):
+    """What log-probabilities are to be traced back to."""
+
+    method: Literal["gradient", "integrated_gradients"]
+    of: Literal["target_logprob", "loss_sum"]
+    target: NotRequired[int]
+    layer: NotRequired[int]
+    reduce: NotRequired[Literal["none", "dot_input", "l2"]]
+    steps: NotRequired[int | None]
+
+
 class ScoreFields(TypedDict, total=False):
     """What may be said beside the inputs; ``return_`` is the field ``return``."""
 
@@ -40,6 +52,9 @@ class ScoreFields(TypedDict, total=False):
     models: Sequence[str] | None
     return_: Sequence[ScoreReturn]
     top: int
+    capture: Sequence[Capture]
+    interventions: Sequence[Intervention]
+    attribution: AttributionField | None
     timeout_s: float | None
     priority: int
 
@@ -92,14 +107,52 @@ class Logits(Answer):
     tensor: Tensor
 
 
+class CapturedStream(Answer):
+    """The residual stream of one text at one layer: the tensor is [positions, width]."""
+
+    target_index: int
+    layer: int
+    positions: list[int]
+    tensor: Tensor
+
+
+class TokenAttribution(Answer):
+    """A token, and what was traced back to it."""
+
+    position: int
+    id: int
+    token: str
+    score: float
+
+
+class Attribution(Answer):
+    """What the tokens of a text have to do with a log-probability.
+
+    Attributes:
+        of: Which log-probability.
+        layer: By the residual stream there.
+        scores: One for each token, unless ``reduce`` was ``none``.
+        tensor: [tokens, width], if it was.
+        completeness_error: Of integrated gradients.
+    """
+
+    of: str
+    layer: int
+    scores: list[TokenAttribution] | None
+    tensor: Tensor | None
+    completeness_error: float | None
+
+
 class ScoreResult(Answer):
-    """Of one input."""
+    """Of one input; what was not asked for is None."""
 
     input_index: int
     model: str
     prompt_tokens: int
     targets: list[ScoredTarget]
+    captures: list[CapturedStream] | None = None
     logits: Logits | None = None
+    attribution: Attribution | None = None
 
 
 class ScoreUsage(Answer):
