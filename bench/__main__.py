@@ -6,6 +6,7 @@ the plot are made anew from all that is there.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import traceback
@@ -50,6 +51,8 @@ def main() -> None:
     options = _options(arguments)
     output = arguments.output or (options.environments / "quick" if options.quick else _DOCS)
     failed = []
+    # Ended from outside it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     if not arguments.report:
         failed = _measure(options, arguments.only, output / "engine.json")
     _write_report(options, output)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.adapter_shapes import pair_shapes
 from model.config import GemmaConfig
 from model.gemma.block import block, layer_traits
 from model.gemma.cached_attention import PackedPrompts, SlotRows
 from model.gemma.kv_cache import LayerCache
+from model.gemma.low_rank import BankPair, BankTerm, TokenSlots
 from model.gemma.slot_tokens import SlotTokens, slots_of_prompts
 from model.gemma.weights import BlockWeights
 from model.kernels.block import TARGET
@@ -51,9 +53,8 @@ CONFIGS = {
 
 
 @partial(jax.jit, static_argnums=0)
-def native(config, weights, traits, x, positions, tokens):
-    x, cache = block(config, weights, traits, x, positions, rows=tokens)
-    return x, cache
+def native(config, weights, traits, x, positions, tokens, adapters=None):
+    return block(config, weights, traits, x, positions, rows=tokens, adapters=adapters)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -160,6 +161,113 @@ def test_rows_of_no_slot_and_rows_beyond_the_real_ones_leave_no_trace():
     assert bits(cache.keys) == bits(alone_cache.keys)
     assert bits(cache.values) == bits(alone_cache.values)
     assert not np.asarray(x[3]).any()
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+MAX_RANK = 6
+
+
+class Bank:
+    """Two adapters, of rank 6 and 3, of which the second lacks the gate; what is beyond is NaN."""
+
+    def __init__(self, config):
+        draw = np.random.default_rng(4)
+        self.ranks = {target: [6, 3] for target in pair_shapes(config)} | {"ffw_gating": [6, 0]}
+        self.pairs = {}
+        for target, (heads, in_width, out) in pair_shapes(config).items():
+            a = draw.normal(size=(2, heads, MAX_RANK, in_width)) * in_width**-0.5
+            b = draw.normal(size=(2, heads, MAX_RANK, out)) * 0.3
+            for pair, rank in enumerate(self.ranks[target]):
+                a[pair, :, rank:], b[pair, :, rank:] = np.nan, np.nan
+            self.pairs[target] = BankPair(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+
+    def terms(self, slots):
+        used = TokenSlots(jnp.asarray(slots, jnp.int32))
+        return {
+            target: BankTerm(pair, jnp.asarray(self.ranks[target], jnp.int32), used)
+            for target, pair in self.pairs.items()
+        }
+
+    def merged(self, weights, slot):
+        """The weights that do by themselves what they do with an adapter."""
+
+        def with_pair(target):
+            kernel, rank = getattr(weights, target), self.ranks[target][slot - 1]
+            a, b = (np.asarray(each[slot - 1, :, :rank]) for each in self.pairs[target])
+            return kernel + np.concatenate([b[h].T @ a[h] for h in range(len(a))])
+
+        return weights._replace(**{target: with_pair(target) for target in self.pairs})
+
+
+class AdaptedStep(Step):
+    """Rows of two adapters and of the base."""
+
+    def __init__(self, config, slots, positions, adapters):
+        super().__init__(config, slots, positions)
+        self.bank, self.adapters = Bank(config), np.array(adapters)
+
+    def native(self, rows=slice(None), adapters=None):
+        slots = self.slots[rows]
+        tokens = SlotTokens(self.cache, slots, jnp.int32(len(slots)))
+        terms = self.bank.terms(self.adapters[rows] if adapters is None else adapters)
+        at = self.positions[rows][:, None]
+        return native(self.config, self.weights, self.traits, self.x[rows], at, tokens, terms)
+
+
+def adapted_step(name="odd"):
+    return AdaptedStep(CONFIGS[name], [3, 0, 4, 1, 2], [0, 7, 511, 300, 46], [2, 0, 1, 2, 9])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_does_what_merged_weights_do(name):
+    step = adapted_step(name)
+    x, cache = step.native()
+    for row, adapter in [(0, 2), (1, 0), (2, 1), (3, 2), (4, 0)]:
+        alone = Step(step.config, step.slots[row : row + 1], step.positions[row : row + 1])
+        alone.x = step.x[row : row + 1]
+        if adapter:
+            alone.weights = step.bank.merged(step.weights, adapter)
+        expected, expected_cache = alone.portable()
+        assert distance(x[row : row + 1], expected) < 5e-6
+        slot = int(step.slots[row])
+        assert distance(cache.keys[slot], expected_cache.keys[slot]) < 5e-6
+
+
+def test_rows_of_adapters_and_of_the_base_have_the_bits_that_they_have_alone(instruction_sets):
+    step = adapted_step()
+    for name in instruction_sets.fast:
+        instruction_sets.use(name)
+        together, _ = step.native()
+        for row in range(5):
+            alone, _ = step.native(slice(row, row + 1))
+            assert bits(alone) == bits(together[row : row + 1])
+    base = Step(step.config, step.slots, step.positions)
+    assert bits(base.native()[0][1]) == bits(together[1])
+    # A slot that the bank lacks is the base's.
+    assert bits(base.native()[0][4]) == bits(together[4])
+
+
+def test_every_instruction_set_gives_the_bits_of_plain_code_with_adapters(instruction_sets):
+    step = adapted_step()
+    instruction_sets.use("plain")
+    expected, expected_cache = step.native()
+    for name in instruction_sets.fast:
+        instruction_sets.use(name)
+        x, cache = step.native()
+        assert bits(x) == bits(expected)
+        assert bits(cache.keys) == bits(expected_cache.keys)
+
+
+def test_what_is_not_finite_in_an_adapter_stays_with_its_rows():
+    step = adapted_step()
+    clean, _ = step.native()
+    a, b = step.bank.pairs["ffw_linear"]
+    step.bank.pairs["ffw_linear"] = BankPair(a.at[0].set(jnp.nan), b)
+    x, _ = step.native()
+    assert np.isnan(x[2]).all()
+    others = jnp.asarray([0, 1, 3, 4])
+    assert bits(x[others]) == bits(clean[others])
 
 
 # --- prompts -----------------------------------------------------------------------------------
