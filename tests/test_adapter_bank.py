@@ -77,7 +77,7 @@ def logprobs_of(name, weights, tokens):
 def scored(engine, tokens, adapter):
     """Log-probability of every token after the first, as `/score` would find it."""
     wanted = tuple(range(len(tokens) - 1))
-    reading = engine.read([ScoreChunk(1, tokens[:-1], 0, wanted, adapter)])
+    reading = engine.read([ScoreChunk(1, tokens[:-1], 0, wanted, adapter=adapter)])
     while True:
         try:
             next(reading)
@@ -101,7 +101,7 @@ def continue_rows(engine, rows, *, num_tokens=6, together=True, packed=False):
     batches = [rows] if together else [[row] for row in rows]
     found = {}
     for batch in batches:
-        chunks = [PromptChunk(slot, ids[:-1], 0, adapter) for slot, ids, adapter in batch]
+        chunks = [PromptChunk(slot, ids[:-1], 0, adapter=adapter) for slot, ids, adapter in batch]
         for group in [chunks] if packed else [[chunk] for chunk in chunks]:
             prefill(engine, *group)
         decoded = []
@@ -210,8 +210,8 @@ def test_texts_of_adapters_are_scored_together_as_alone_to_the_last_bit(kernels,
         except StopIteration as end:
             return [x.tobytes() for x in end.value]
 
-    one = ScoreChunk(1, random_tokens(21, 4), 0, (0, 10, 20), 1)
-    other = ScoreChunk(2, random_tokens(17, 5), 0, (3, 16), 3)
+    one = ScoreChunk(1, random_tokens(21, 4), 0, (0, 10, 20), adapter=1)
+    other = ScoreChunk(2, random_tokens(17, 5), 0, (3, 16), adapter=3)
     base = ScoreChunk(0, random_tokens(9, 6), 0, (8,))
     alone = [*read(one), *read(other), *read(base)]
     assert read(one, other, base) == alone
@@ -231,7 +231,7 @@ def test_the_base_answers_as_an_engine_that_has_no_bank_to_the_last_bit(engine_o
     del among_others[3]
     assert among_others == continue_rows(without, rows)
     with pytest.raises(ValueError, match="There is no adapter slot 1; the bank has 0"):
-        prefill(without, PromptChunk(0, [5], 0, 1))
+        prefill(without, PromptChunk(0, [5], 0, adapter=1))
     with pytest.raises(AdapterUnfit, match="raise --adapter-slots"):
         without._bank.check(random_adapter(config_of(NAME), 1, seed=0))
 
@@ -258,7 +258,7 @@ def test_searches_use_the_adapter_of_their_request(engine_of):
     beams = BeamStep((0, 1), (Beam(0, prompt[-1], 0.0),), 19, 19, rules, adapter=1)
     assert engine.step_beams(beams)[0].token.top == top
     engine.keep_hidden(0)
-    prefill(engine, PromptChunk(0, prompt[:-1], 0, 1))
+    prefill(engine, PromptChunk(0, prompt[:-1], 0, adapter=1))
     engine.copy(0, [1], 19)
     step = CandidateStep((0, 1), (prompt[-1],) * 2, (1.0, 1.0), 19, 0.5, rules, adapter=1)
     choice = engine.step_candidates(step)

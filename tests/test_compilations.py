@@ -147,6 +147,7 @@ def test_f_r5_no_request_compiles_anything(logging_service):
     statuses = asyncio.run(send(logging_service.url, bodies, at_once=16))
     assert set(statuses) <= {200, 504}, "504 only for a time of a hundredth of a second"
     assert statuses.count(200) > NUM_REQUESTS / 2
+    assert compile_lines(logging_service.log.removeprefix(before)) == []
     assert logging_service.metric(COMPILATIONS) == 0
     assert logging_service.metric("gemma_adapter_evictions_total") > 0
     assert compile_lines(logging_service.log[len(before) :]) == []

@@ -145,6 +145,24 @@ def test_paris_is_the_likeliest_target(served):
     assert whole["num_tokens"] == text["prompt_tokens"] - 1
 
 
+def test_every_word_before_paris_has_a_share_in_it(served):
+    answer = json.loads(served.run(command_with('"attribution"')))
+    found = answer["results"][0]["attribution"]
+    tokens = [each["token"] for each in found["scores"]]
+    assert tokens == ["<bos>", "The", " capital", " of", " France", " is"]
+    assert all(each["score"] != 0 for each in found["scores"])
+    assert found["completeness_error"] < 0.05
+
+
+def test_a_change_of_the_stream_changes_what_it_says(served):
+    command = command_with('"interventions"')
+    [steered] = json.loads(served.run(command))["outputs"]
+    assert len(steered["token_ids"]) == 16
+    [plain] = json.loads(served.run(command.replace('"scale": 0.5', '"scale": 1.0')))["outputs"]
+    assert steered["text"] != plain["text"]
+    assert plain["text"].startswith(" the capital of the country of France.")
+
+
 def test_the_service_tells_what_it_is(served):
     answer = served.run(command_with("/info"))
     assert '"preset":"gemma3_270m"' in answer
@@ -217,6 +235,8 @@ def test_no_command_of_the_readme_is_left_out():
             "Water boils",
             '"sampler": "beam"',
             '"inputs"',
+            '"attribution"',
+            '"interventions"',
             "/info",
             "gemma-service fetch",
             "--help",
