@@ -260,13 +260,11 @@ class GemmaEngine:
         claim = claim_of(texts, self._preset.preset_digest, kernels)
         self._self_test = kept_result(programs_dir, claim)
         if self._self_test is None:
-            # It runs every program, so there is nothing left to warm up.
             passed = compare_bits(self)
             num_compared = passed.num_comparisons + compare_scores(self)
             self._self_test = replace(passed, num_comparisons=num_compared)
             keep_result(programs_dir, claim, self._self_test)
-        else:
-            self._warm_up()
+        self._warm_up()
         progress("compile", total, total)
 
     def _warm_up(self) -> None:

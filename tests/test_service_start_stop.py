@@ -55,9 +55,11 @@ def test_while_it_loads_it_is_alive_and_not_ready_and_says_how_far_it_is(tmp_pat
 def test_the_api_process_loads_neither_jax_nor_numpy_nor_the_model(tmp_path):
     program = (
         "import sys, service.__main__, service.runtime\n"
+        "from service.adapters import AdapterNames\n"
         "from service.settings import Settings\n"
         "from service.startup_display import startup_display\n"
-        "service.runtime.Service(Settings(), 'http://x', startup_display()).app.openapi()\n"
+        "parts = (Settings(), 'http://x', startup_display(), AdapterNames())\n"
+        "service.runtime.Service(*parts).app.openapi()\n"
         "print(*sys.modules, sep='\\n')\n"
     )
     loaded = {name.partition(".")[0] for name in run(sys.executable, "-c", program).stdout.split()}
