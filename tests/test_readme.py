@@ -149,8 +149,8 @@ def test_every_word_before_paris_has_a_share_in_it(served):
     answer = json.loads(served.run(command_with('"attribution"')))
     found = answer["results"][0]["attribution"]
     tokens = [each["token"] for each in found["scores"]]
-    assert tokens == ["<bos>", "The", " capital", " of", " France", " is"]
-    assert all(each["score"] != 0 for each in found["scores"])
+    assert tokens == ["<bos>", "The", "▁capital", "▁of", "▁France", "▁is", "▁Paris"]
+    assert [each["score"] == 0 for each in found["scores"]] == [False] * 6 + [True]
     assert found["completeness_error"] < 0.05
 
 
