@@ -78,8 +78,9 @@ def keep_chunk(
         start: Position of its first token.
     """
     own = direction(final_hidden(config, weights, x)[0])
-    zero = jnp.zeros((), start.dtype)
-    return jax.lax.dynamic_update_slice(directions, own, (start, zero))
+    # Padding may reach beyond the context.
+    places = start + jnp.arange(own.shape[0], dtype=start.dtype)
+    return directions.at[places].set(own, mode="drop")
 
 
 def choose_candidate(

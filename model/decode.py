@@ -214,13 +214,12 @@ def decode_steps(
     num_slots, num_rows = states.tokens.shape[0], len(slots)
     newest = states.tokens.at[slots, positions].get(mode="clip")
     # The dispatch before may have drawn the end of a row after this one was asked for.
-    has_ended = (positions >= rules.num_prompt) & _is_stop(newest, rules.stop_ids)
     first = _Progress(
         jnp.int32(0),
-        (slots < num_slots) & ~has_ended & (positions + 1 < rules.end),
+        (slots < num_slots) & goes_on(newest, positions, rules),
         jnp.full(num_rows, config.vocabulary_size, jnp.int32),
         states,
-        _no_outputs(config, num_rows),
+        no_outputs(config, num_rows),
     )
 
     def is_unfinished(at: _Progress) -> Bool[Array, ""]:
@@ -248,8 +247,8 @@ def decode_steps(
         )
         is_stop = _is_stop(drawn.token_ids, rules.stop_ids)
         stopped_by = jnp.where(at.goes_on & is_stop, drawn.token_ids, at.stopped_by)
-        goes_on = at.goes_on & ~is_stop & (drawn_at + 1 < rules.end) & drawn.is_finite
-        return _Progress(at.step + 1, goes_on, stopped_by, states, outputs)
+        has_more = at.goes_on & ~is_stop & (drawn_at + 1 < rules.end) & drawn.is_finite
+        return _Progress(at.step + 1, has_more, stopped_by, states, outputs)
 
     last = jax.lax.while_loop(is_unfinished, step, first)
     # The next dispatch looks for the end of a row where it begins itself.
@@ -258,13 +257,23 @@ def decode_steps(
     return last.states._replace(tokens=tokens), last.outputs
 
 
+def goes_on(
+    newest: Int[Array, " batch"], positions: Int[Array, " batch"], rules: RuleRows
+) -> Bool[Array, " batch"]:
+    """Rows whose newest token, at ``positions``, is not their last one."""
+    has_ended = (positions >= rules.num_prompt) & _is_stop(newest, rules.stop_ids)
+    return ~has_ended & (positions + 1 < rules.end)
+
+
 def _is_stop(
     token_ids: Int[Array, " batch"], stop_ids: Int[Array, "batch stops"]
 ) -> Bool[Array, " batch"]:
     return jnp.any(token_ids[:, None] == stop_ids, axis=1)
 
 
-def _no_outputs(config: GemmaConfig, num_rows: int) -> DecodeOutputs:
+def no_outputs(config: GemmaConfig, num_rows: int) -> DecodeOutputs:
+    """Room for what `MAX_STEPS` steps draw."""
+
     def zeros(dtype: jnp.dtype, *width: int) -> Array:
         return jnp.zeros((MAX_STEPS, num_rows, *width), dtype)
 
@@ -292,17 +301,27 @@ def _decode_step(
 ) -> tuple[SlotStates, DecodeOutputs]:
     """One step of every row: reads its newest token, writes the next."""
     tokens, caches = states
-    context = tokens.shape[1]
     newest = tokens.at[slots, positions].get(mode="clip")
     model = (config, weights, traits, caches)
     rows = advance_rows(
         *(*model, newest, positions, slots, interventions, bank, adapters), is_native=is_native
     )
-    is_past = jnp.arange(context)[None, :] <= positions[:, None]
-    history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), config.vocabulary_size)
-    drawn = jax.lax.map(lambda row: finish_row(*row), (rows.logits, rules, history, positions + 1))
-    tokens = tokens.at[slots, positions + 1].set(drawn.token_ids, mode="drop")
+    tokens, drawn = draw_rows(tokens, rows.logits, slots, positions, rules)
     return SlotStates(tokens, rows.caches), drawn
+
+
+def draw_rows(
+    tokens: Int[Array, "slots context"],
+    logits: Float[Array, "batch vocab"],
+    slots: Int[Array, " batch"],
+    positions: Int[Array, " batch"],
+    rules: RuleRows,
+) -> tuple[Int[Array, "slots context"], DecodeOutputs]:
+    """Draws the token behind ``positions`` of each row, and writes it into its slot."""
+    is_past = jnp.arange(tokens.shape[1])[None, :] <= positions[:, None]
+    history = jnp.where(is_past, tokens.at[slots].get(mode="clip"), logits.shape[1])
+    drawn = jax.lax.map(lambda row: finish_row(*row), (logits, rules, history, positions + 1))
+    return tokens.at[slots, positions + 1].set(drawn.token_ids, mode="drop"), drawn
 
 
 def finish_row(

@@ -37,8 +37,9 @@ from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.kv_cache import LayerCache
 from model.ids_only import IdsOnly
 from model.intervention_rows import InterventionArrays
+from model.joined_turn import JOINED_ROWS, JOINED_TOKENS, JoinedTurns
 from model.kernels.library import Kernels, load_kernels
-from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, chunk_of
+from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, ChunkRows, chunk_of
 from model.prefix_store import PrefixStore
 from model.presets.converted import ConvertedPreset
 from model.presets.resolve import IS_INSTRUCT, open_preset
@@ -180,6 +181,11 @@ class GemmaEngine:
             is_native=kernels.is_native,
         )
         self._scores = Scores(self._config, self._weights, self._programs)
+        self._joined: JoinedTurns | None = None
+        if kernels.is_native:
+            self._joined = JoinedTurns(
+                self._config, self._weights, self._rules, self._num_all_slots, self._programs
+            )
         self._streams = ChunkStreams(self._config, self._weights, self._programs)
         self._attributions = Attributions(
             self._config, self._weights, self._traits, self._programs, self._streams
@@ -213,6 +219,8 @@ class GemmaEngine:
             chunk_tokens=BLOCK_TOKENS,
             packed_tokens=PACKED_TOKENS,
             packed_prompts=MAX_PACKED_PROMPTS,
+            joined_tokens=JOINED_TOKENS if self._joined else 0,
+            joined_rows=JOINED_ROWS if self._joined else 0,
             keeps_prefixes=self._prefixes.max_blocks > 0,
             buckets={
                 "decode_rows": [*self._row_buckets],
@@ -248,6 +256,8 @@ class GemmaEngine:
             *self._bank.program_specs(),
             *self._attributions.program_specs(),
         ]
+        if self._joined:
+            todo += self._joined.program_specs(self._states.tokens)
         total = len(todo) + 1.0
         texts = {}
         for done, spec in enumerate(todo):
@@ -299,6 +309,11 @@ class GemmaEngine:
         for bucket in self._row_buckets:
             num_rows = min(bucket, self._options.num_slots)
             self.decode([DecodeRow(slot, 0, rules) for slot in range(num_rows)], 1).tokens()
+        if self._joined:
+            for _ in range(2):  # the second one finds the arrays of its rules
+                row = DecodeRow(0, 0, replace(rules, num_logprobs=None))
+                other = PromptChunk(self._options.num_slots, [0], 0)
+                self.join([other], [row]).tokens()
         self._set_caches(self._searches.warm_up(self._states.caches))
         residual = np.zeros(self._config.hidden_dim, np.float32)
         self.measure([AskedPlace(residual, (0,), num_top=1)])
@@ -317,7 +332,7 @@ class GemmaEngine:
         """Writes keys and values, one layer between two values that are taken."""
         for chunk in chunks:
             self._check_chunk(chunk, is_alone=len(chunks) == 1)
-            if chunk.start % BLOCK_TOKENS:
+            if chunk.start % BLOCK_TOKENS and not self._joined:
                 raise SequenceTooLong(
                     f"A chunk of a prompt cannot start at {chunk.start}: it starts at a multiple "
                     f"of {BLOCK_TOKENS}."
@@ -359,18 +374,35 @@ class GemmaEngine:
         bucket = token_ids.shape[1]
         x: jax.Array = self._programs[f"embed[{bucket}]"](self._weights.embeddings, token_ids)
         x = stream.begin(token_ids, x)
-        for layer, weights in enumerate(self._weights.blocks):
-            cache = self._states.caches[layer]
-            program = self._programs[f"block[{bucket},{cache.num_positions}]"]
-            x, self._states.caches[layer] = program(
-                *(weights, self._traits[layer], cache, x, rows),
-                *(self._bank.layer(layer), self._bank.ranks),
-            )
+        for layer in range(self._config.num_layers):
+            x = self._run_block(layer, x, rows)
             x = stream.go_on(token_ids, x, layer)
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
             yield
         return x
+
+    def _run_block(self, layer: int, x: jax.Array, rows: ChunkRows) -> jax.Array:
+        cache = self._states.caches[layer]
+        program = self._programs[f"block[{x.shape[1]},{cache.num_positions}]"]
+        after, self._states.caches[layer] = program(
+            *(self._weights.blocks[layer], self._traits[layer], cache, x, rows),
+            *(self._bank.layer(layer), self._bank.ranks),
+        )
+        stream: jax.Array = after
+        return stream
+
+    def join(self, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> DeviceDispatch:
+        """Starts a step of ``rows`` together with parts of prompts; see `model.slots.Engine`."""
+        assert self._joined is not None, "the info says that there is none"
+        self._check_joined(chunks, rows)
+        x, placed = self._joined.begin(self._states.tokens, chunks, rows)
+        for layer in range(self._config.num_layers):
+            x = self._run_block(layer, x, placed)
+        self._searches.note_chunks(chunks, x)
+        tokens, parts = self._joined.finish(self._states.tokens, x, chunks, rows)
+        self._states = self._states._replace(tokens=tokens)
+        return DeviceDispatch(parts)
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         """Gives ``targets`` the first ``num_tokens`` positions of ``source``, in whole blocks."""
@@ -509,6 +541,23 @@ class GemmaEngine:
                 f"A chunk of {num_tokens} tokens cannot start at {chunk.start}: chunks hold 1 to "
                 f"{longest} tokens, end within {context} and lie within {BLOCK_TOKENS} tokens from "
                 "a multiple of it."
+            )
+
+    def _check_joined(self, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> None:
+        for chunk in chunks:
+            self._check_chunk(chunk, is_alone=False)
+        for row in rows:
+            self._checked_adapter(row.adapter)
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        fits = num_tokens <= JOINED_TOKENS and len(chunks) <= MAX_PACKED_PROMPTS
+        is_changed = any(chunk.touches for chunk in chunks) or any(
+            row.rules.interventions for row in rows
+        )
+        if not fits or not 1 <= len(rows) <= JOINED_ROWS or is_changed:
+            raise ValueError(
+                f"{num_tokens} tokens of {len(chunks)} prompts and {len(rows)} rows cannot be "
+                f"joined: {JOINED_TOKENS}, {MAX_PACKED_PROMPTS} and {JOINED_ROWS} are the most, "
+                "without interventions."
             )
 
     def _check_question(self, question: AttributionQuestion) -> None:

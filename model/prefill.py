@@ -31,6 +31,9 @@ CHUNK_BUCKETS = (64, 128, BLOCK_TOKENS)
 # more than for one, as it must read the matrix anyway.
 PACKED_TOKENS = 64
 MAX_PACKED_PROMPTS = 32
+# What a chunk of each length has room for; a turn that joins steps to prompts (`model.joined_turn`)
+# takes the second.
+_NUM_PROMPTS = {64: MAX_PACKED_PROMPTS, 128: 64, BLOCK_TOKENS: 1}
 
 
 class ChunkRows(NamedTuple):
@@ -48,10 +51,12 @@ class ChunkRows(NamedTuple):
     adapters: Int[Array, " prompts"]
 
 
-def chunk_of(prompts: Sequence[PromptChunk]) -> tuple[Int[Array, "1 seq"], ChunkRows]:
+def chunk_of(
+    prompts: Sequence[PromptChunk], at_least: int = 1
+) -> tuple[Int[Array, "1 seq"], ChunkRows]:
     """Token ids and places of prompts that are prefilled together, padded to a bucket."""
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    bucket = next(size for size in CHUNK_BUCKETS if size >= num_tokens)
+    bucket = next(size for size in CHUNK_BUCKETS if size >= max(num_tokens, at_least))
     token_ids = np.zeros((1, bucket), np.int32)
     positions = np.zeros((1, bucket), np.int32)
     places = np.zeros((5, num_packed(bucket)), np.int32)
@@ -72,7 +77,7 @@ def chunk_of(prompts: Sequence[PromptChunk]) -> tuple[Int[Array, "1 seq"], Chunk
 
 def num_packed(bucket: int) -> int:
     """Prompts that a chunk of this length can hold."""
-    return MAX_PACKED_PROMPTS if bucket <= PACKED_TOKENS else 1
+    return _NUM_PROMPTS[bucket]
 
 
 def embed_chunk(

@@ -3,7 +3,8 @@
 The programs are written so that they cannot (`model.gemma.padded_rows`, `model.gemma.attention`),
 but that rests on what XLA makes of a product on a kind of processor. So an engine is tried before
 its first request, on its own slots; what they hold afterwards is never seen. Three claims
-here, two more in `model.search_self_test` and two in `model.adapter_self_test`:
+here, two more each in `model.search_self_test`, `model.adapter_self_test` and
+`model.joined_self_test`:
 
 * a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
   there, and whatever else is in the chunk: tokens, padding or other prompts;
@@ -28,6 +29,7 @@ from model.adapter_self_test import AdapterSubject, compare_adapters
 from model.errors import SelfTestFailed
 from model.gemma.kv_cache import LayerCache
 from model.intervention_slots import Intervention, StepIntervention
+from model.joined_self_test import JoinedSubject, compare_joined
 from model.search_self_test import SearchSubject, compare_searches
 from model.slots import (
     MAX_LOGPROBS,
@@ -60,7 +62,7 @@ KeysAndValues = Float32[np.ndarray, "arrays kv_heads head_dim"]
 
 
 @runtime_checkable
-class Subject(SearchSubject, AdapterSubject, Protocol):
+class Subject(SearchSubject, AdapterSubject, JoinedSubject, Protocol):
     """An engine, and a look into its slots."""
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None: ...
@@ -229,7 +231,19 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
                     f"depend on what else runs. {_remedy(subject.info, count)}"
                 )
             num_compared += 1
-    return num_compared
+    return num_compared + _compare_joined(subject, token_ids, rows)
+
+
+def _compare_joined(subject: Subject, token_ids: Sequence[int], rows: Sequence[DecodeRow]) -> int:
+    """The same rows beside a prompt, which is what the last slot then holds."""
+
+    def step_bits(dispatch: Dispatch, stepped: Sequence[DecodeRow]) -> list[bytes]:
+        return _step_bits(subject, dispatch, stepped)
+
+    def held_bits(slot: int, position: int) -> bytes:
+        return _held_bits(subject, slot, position)
+
+    return compare_joined(subject, token_ids, rows, step_bits, held_bits)
 
 
 def _compare_searches(subject: Subject, token_ids: Sequence[int], num_held: Sequence[int]) -> int:
@@ -278,10 +292,13 @@ def _row(
 
 def _step(subject: Subject, rows: Sequence[DecodeRow]) -> list[bytes]:
     """All that one step gives each row, and leaves in its slot."""
-    drawn = subject.decode(rows, 1).tokens()
+    return _step_bits(subject, subject.decode(rows, 1), rows)
+
+
+def _step_bits(subject: Subject, dispatch: Dispatch, rows: Sequence[DecodeRow]) -> list[bytes]:
     return [
         _bits(token) + _held_bits(subject, row.slot, row.position)
-        for row, (token,) in zip(rows, drawn, strict=True)
+        for row, (token,) in zip(rows, dispatch.tokens(), strict=True)
     ]
 
 

@@ -83,9 +83,10 @@ class EngineInfo:
     ``is_instruct`` is None where nothing says so; ``programs`` are the compiled programs by name;
     without ``has_tokenizer`` there are token ids and no text. Up to
     ``packed_prompts`` prompts with no more than ``packed_tokens`` left together may be prefilled
-    together. ``adapter_slots`` adapters of at most ``adapter_max_rank`` may be used at once, beside
-    the base. ``keeps_prefixes`` tells whether `Engine.keep` keeps anything. ``self_test`` is None
-    for an engine that needs none.
+    together. ``joined_tokens`` of prompts and ``joined_rows`` may go through the blocks together;
+    0: `Engine.join` may not be called. ``adapter_slots`` adapters of at most ``adapter_max_rank``
+    may be used at once, beside the base. ``keeps_prefixes`` tells whether `Engine.keep` keeps
+    anything. ``self_test`` is None for an engine that needs none.
     """
 
     preset: str
@@ -105,6 +106,8 @@ class EngineInfo:
     chunk_tokens: int
     packed_tokens: int = 0
     packed_prompts: int = 1
+    joined_tokens: int = 0
+    joined_rows: int = 0
     keeps_prefixes: bool = False
     buckets: dict[str, list[int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
@@ -184,10 +187,10 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Consecutive tokens of a prompt; ``start`` is a multiple of ``EngineInfo.chunk_tokens``.
+    """Consecutive tokens of a prompt, within ``EngineInfo.chunk_tokens`` from a multiple of it.
 
-    ``touches`` are those of the request, in order. ``adapter`` is the slot of its adapter; 0 is the
-    base.
+    Of an engine that joins no steps to prompts, ``start`` is one. ``touches`` are those of the
+    request, in order. ``adapter`` is the slot of its adapter; 0 is the base.
     """
 
     slot: int
@@ -287,8 +290,16 @@ class Engine(Protocol):
         Nothing may have been decoded in ``source`` since: a ring would hold that instead.
         """
 
+    def join(self, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> Dispatch:
+        """Starts one step of ``rows`` together with parts of prompts in other slots.
+
+        It gives what `prefill` and `decode` would give, in less time than both. Takes 1 or more
+        chunks of ``info.joined_tokens`` together, 1 to ``info.joined_rows`` rows, and no
+        interventions.
+        """
+
     def keep(self, slot: int, keys: Sequence[bytes]) -> None:
-        """Keeps the block of ``info.chunk_tokens`` that was just prefilled in one chunk.
+        """Keeps the block of ``info.chunk_tokens`` whose end was prefilled last.
 
         A key stands for the tokens of a block, all before them, and whatever else made them.
         ``keys`` are those of the slot's blocks up to this one.

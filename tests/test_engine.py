@@ -367,10 +367,15 @@ def test_a_token_outside_the_vocabulary_never_reaches_jax(token_id, engine_of):
         engine.begin(0, [token_id])
 
 
-@pytest.mark.parametrize(("start", "num_tokens"), [(1, 5), (1024, 1), (768, 257)])
-def test_a_chunk_outside_its_slot_is_refused(start, num_tokens, engine_of):
+@pytest.mark.parametrize(("start", "num_tokens"), [(1024, 1), (768, 257), (250, 7)])
+def test_a_chunk_outside_its_slot_or_over_a_border_is_refused(start, num_tokens, engine_of):
     with pytest.raises(SequenceTooLong):
         run_chunks(engine_of("gemma1_tiny"), PromptChunk(0, [5] * num_tokens, start))
+
+
+def test_a_chunk_begins_at_a_multiple_of_the_block_where_bits_depend_on_its_shape(engine_of):
+    with pytest.raises(SequenceTooLong, match="cannot start at 1: it starts at a multiple of 256"):
+        run_chunks(engine_of("gemma1_tiny", "xla"), PromptChunk(0, [5] * 5, 1))
 
 
 def test_prompts_that_do_not_fit_into_a_shared_chunk_are_refused(engine_of):

@@ -94,8 +94,10 @@ class Worker:
         prefix_cache_bytes: int = 0,
         context_tokens: int = 64,
         adapters: Sequence[AdapterSource] = (),
+        joined_tokens: int = 0,
     ) -> None:
         self.engine = RecordingEngine(prefix_cache_bytes, context_tokens)
+        self.engine.joined_tokens = joined_tokens
         desk = AdapterDesk(self.engine, adapters)
         self.admission = Admission(
             *(self.engine.info, self.engine.codec),
@@ -193,6 +195,23 @@ def test_a_prompt_longer_than_a_chunk_is_prefilled_whole():
     worker.submit(generate("a", (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), max_tokens=2))
     worker.run()
     assert worker.tokens("a") == [55, 110]
+
+
+def test_a_prompt_goes_with_the_steps_of_others_and_its_blocks_are_kept():
+    worker = Worker(joined_tokens=3, prefix_cache_bytes=1)
+    prompt = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    worker.submit(generate("stream", (1,), max_tokens=9))
+    worker.turn()
+    worker.submit(generate("a", prompt, max_tokens=2))
+    worker.run()
+    assert worker.tokens("stream") == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert worker.tokens("a") == [45, 90]
+    assert worker.engine.prefilled == [], "all of it went with steps"
+    assert worker.status.work.prefill == 8
+    worker.submit(generate("again", prompt, max_tokens=2))
+    worker.run()
+    assert worker.tokens("again") == [45, 90]
+    assert worker.events("again")[-1].num_cached_tokens == 8
 
 
 def test_a_row_joins_and_leaves_while_another_one_decodes():
@@ -555,14 +574,20 @@ def outputs_alone(plan: Plan) -> list[list[int]]:
     ]
 
 
-@given(plans=st.lists(PLANS, min_size=1, max_size=7), num_steps=st.integers(1, 8))
+@given(
+    plans=st.lists(PLANS, min_size=1, max_size=7),
+    num_steps=st.integers(1, 8),
+    joined_tokens=st.sampled_from([0, 1, 3, 5]),
+)
 @settings(max_examples=150, deadline=None)
-def test_in_any_company_a_request_gets_what_it_gets_alone_and_one_end(plans, num_steps):
+def test_in_any_company_a_request_gets_what_it_gets_alone_and_one_end(
+    plans, num_steps, joined_tokens
+):
     alone = [outputs_alone(plan) for plan in plans]
     # Tokens that make the engine misbehave must not be drawn by chance.
     assume(not any(901 <= id_ <= 904 for outputs in alone for ids in outputs for id_ in ids))
 
-    worker = Worker(num_steps=num_steps)
+    worker = Worker(num_steps=num_steps, joined_tokens=joined_tokens)
     requests: dict[int, AdmittedRequest] = {}
     for turn in range(35):
         for number, plan in enumerate(plans):

@@ -6,6 +6,7 @@ from service.worker.scheduler import (
     Copy,
     Decode,
     Idle,
+    Join,
     LookUp,
     Prefill,
     PrefillLimits,
@@ -37,7 +38,7 @@ def chunk(row: Row, start: int, end: int) -> Prefill:
 def perform(scheduler: Scheduler) -> Action:
     """The next action, recorded as done."""
     action = scheduler.next_action()
-    if isinstance(action, Prefill):
+    if isinstance(action, Prefill | Join):
         scheduler.record_prefill(action)
     elif isinstance(action, Copy):
         scheduler.record_copy(action)
@@ -111,6 +112,72 @@ def test_a_long_prompt_takes_turns_with_a_running_stream():
         if isinstance(action, Prefill):
             scheduler.record_prefill(action)
     assert kinds == ["Prefill", "Decode", "Prefill", "Decode", "Prefill", "Decode", "Decode"]
+
+
+def joining(num_rows: int = 2, keeps_prefixes: bool = False) -> Scheduler:
+    limits = PrefillLimits(chunk_tokens=8, packed_prompts=3, joined_tokens=5, joined_rows=num_rows)
+    return Scheduler(4, limits, keeps_prefixes=keeps_prefixes)
+
+
+def spans(action: Action) -> list[tuple[str, int, int]]:
+    assert isinstance(action, Prefill | Join)
+    return [(chunk.row.key.request_id, chunk.start, chunk.end) for chunk in action.chunks]
+
+
+def test_a_long_prompt_goes_with_the_steps_of_a_running_stream_and_ends_at_whole_chunks():
+    scheduler = joining()
+    stream, long = row("stream", 0), row("long", 11)
+    scheduler.submit([stream, long])
+    scheduler.start_waiting()
+    turns = [perform(scheduler) for _ in range(3)]
+    assert [turn.rows for turn in turns] == [(stream,)] * 3
+    assert [spans(turn) for turn in turns] == [
+        [("long", 0, 5)],
+        [("long", 5, 8)],
+        [("long", 8, 11)],
+    ]
+    assert perform(scheduler) == Decode((stream, long))
+
+
+def test_short_prompts_go_with_the_same_step_and_a_part_of_one_does_not():
+    scheduler = joining(num_rows=3)
+    scheduler.submit([row("stream", 0), row("a", 2), row("b", 4), row("c", 3)])
+    scheduler.start_waiting()
+    first, second = perform(scheduler), perform(scheduler)
+    assert spans(first) == [("a", 0, 2), ("c", 0, 3)]
+    assert spans(second) == [("b", 0, 4)]
+    assert isinstance(second, Join)
+    assert [each.key.request_id for each in second.rows] == ["stream", "a", "c"]
+
+
+def test_a_prompt_that_is_alone_again_goes_on_where_the_steps_left_it():
+    scheduler = joining()
+    stream, long = row("stream", 0), row("long", 20)
+    scheduler.submit([stream, long])
+    scheduler.start_waiting()
+    assert spans(perform(scheduler)) == [("long", 0, 5)]
+    scheduler.remove(stream)
+    assert spans(perform(scheduler)) == [("long", 5, 8)]
+    assert spans(perform(scheduler)) == [("long", 8, 16)]
+
+
+def test_rows_take_turns_with_a_prompt_if_one_of_them_may_not_be_joined_or_they_are_many():
+    for num_rows, may_join in ((2, False), (1, True)):
+        scheduler = joining(num_rows)
+        rows = [row("a", 0), row("b", 0)]
+        rows[1].may_join = may_join
+        scheduler.submit([*rows, row("long", 8)])
+        scheduler.start_waiting()
+        assert [type(perform(scheduler)) for _ in range(3)] == [Prefill, Decode, Decode]
+
+
+def test_scores_wait_for_one_joined_turn_and_have_a_step_behind_them():
+    scheduler = joining()
+    scheduler.has_scores = True
+    scheduler.submit([row("stream", 0), row("long", 100)])
+    scheduler.start_waiting()
+    kinds = [type(perform(scheduler)) for _ in range(7)]
+    assert kinds == [Join, ReadScores, Decode, Join, ReadScores, Decode, Join]
 
 
 def test_prompts_are_prefilled_one_after_another_in_the_order_of_their_arrival():

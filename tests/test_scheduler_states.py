@@ -12,9 +12,11 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from service.worker.scheduler import (
+    Chunk,
     Copy,
     Decode,
     Idle,
+    Join,
     LookUp,
     Prefill,
     PrefillLimits,
@@ -53,12 +55,19 @@ class AnyOrder(RuleBasedStateMachine):
         chunk_tokens=st.integers(1, 4),
         packed_tokens=st.integers(0, 4),
         keeps_prefixes=st.booleans(),
+        joined_tokens=st.integers(0, 5),
     )
     def create(
-        self, num_slots: int, chunk_tokens: int, packed_tokens: int, keeps_prefixes: bool
+        self,
+        num_slots: int,
+        chunk_tokens: int,
+        packed_tokens: int,
+        keeps_prefixes: bool,
+        joined_tokens: int,
     ) -> None:
         packed_tokens = min(packed_tokens, chunk_tokens)
-        self.limits = PrefillLimits(chunk_tokens, packed_tokens, packed_prompts=3)
+        joined_rows = 3 if joined_tokens else 0
+        self.limits = PrefillLimits(chunk_tokens, packed_tokens, 3, joined_tokens, joined_rows)
         self.keeps_prefixes = keeps_prefixes
         self.scheduler = Scheduler(num_slots, self.limits, keeps_prefixes=keeps_prefixes)
         self.looked_up: set[Row] = set()
@@ -82,8 +91,11 @@ class AnyOrder(RuleBasedStateMachine):
         num_choices=st.integers(1, 4),
         tenant=st.sampled_from("ab"),
         priority=st.sampled_from([0, 0, 1]),
+        may_join=st.sampled_from([True, True, False]),
     )
-    def submit(self, prompts: list[int], num_choices: int, tenant: str, priority: int) -> None:
+    def submit(
+        self, prompts: list[int], num_choices: int, tenant: str, priority: int, may_join: bool
+    ) -> None:
         name = str(self.num_requests)
         rows = [
             Row(
@@ -93,6 +105,7 @@ class AnyOrder(RuleBasedStateMachine):
                 tenant=tenant,
                 priority=priority,
                 cost_tokens=prompts[output // num_choices] + 1,
+                may_join=may_join,
             )
             for output in range(len(prompts) * num_choices)
         ]
@@ -167,7 +180,8 @@ class AnyOrder(RuleBasedStateMachine):
             case Prefill(chunks):
                 if self.begun is None:
                     assert chunks[0].row is unfilled[0], "the oldest prompt comes first"
-                    self.check_chunks(action)
+                    assert not (filled and self.may_join([unfilled[0], *filled]))
+                    self.check_chunks(chunks, self.chunk_tokens, self.limits.packed_tokens)
                 else:
                     assert action is self.begun, "a chunk is lost that was begun"
                 self.begun = action
@@ -192,6 +206,17 @@ class AnyOrder(RuleBasedStateMachine):
                 assert self.sources() == [], "a prompt is lost that others could have had"
                 for row in rows:
                     self.decode(row)
+            case Join(chunks, rows):
+                assert self.begun is None, "a chunk is lost that was begun"
+                assert list(rows) == filled, "all rows that can decode do, and no other"
+                assert chunks[0].row is unfilled[0], "the oldest prompt comes first"
+                assert self.may_join([*{chunk.row for chunk in chunks}, *rows])
+                self.check_chunks(chunks, self.limits.joined_tokens, self.limits.joined_tokens)
+                for chunk in chunks:
+                    self.fill(chunk.row, chunk.end)
+                for row in rows:
+                    self.decode(row)
+                self.scheduler.record_prefill(action)
             case Spread(row):
                 assert row.is_search
                 assert row in unfilled
@@ -207,15 +232,20 @@ class AnyOrder(RuleBasedStateMachine):
                 assert self.running == []
         if not isinstance(action, LookUp | Copy | Spread | Idle):
             due = {Prefill: unfilled, Decode: filled, Search: searching}
-            self.note_turn(type(action), {kind for kind, rows in due.items() if rows})
+            taken = {Prefill, Decode} if isinstance(action, Join) else {type(action)}
+            self.note_turn(taken, {kind for kind, rows in due.items() if rows})
 
-    def note_turn(self, taken: type, due: set[type]) -> None:
+    def may_join(self, rows: list[Row]) -> bool:
+        num_filled = sum(self.holds_its_prompt(row) for row in rows)
+        return num_filled <= self.limits.joined_rows and all(row.may_join for row in rows)
+
+    def note_turn(self, taken: set[type], due: set[type]) -> None:
         """Nobody waits for more than one turn of another kind."""
-        assert taken in due
-        self.passed = {kind: self.passed.get(kind, Counter()) for kind in due - {taken}}
+        assert taken <= due
+        self.passed = {kind: self.passed.get(kind, Counter()) for kind in due - taken}
         for turns in self.passed.values():
-            turns[taken] += 1
-            assert turns[taken] == 1, f"{taken.__name__} twice while another kind waits"
+            turns.update(taken)
+            assert max(turns.values()) == 1, f"{turns}: twice while another kind waits"
 
     @rule(count=st.integers(2, 9))
     def act_on_and_on(self, count: int) -> None:
@@ -279,11 +309,13 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.scheduler.num_free_slots == self.num_slots
         assert self.scheduler.next_action() == Idle()
 
-    def check_chunks(self, action: Prefill) -> None:
-        for chunk in action.chunks:
+    def check_chunks(self, chunks: tuple[Chunk, ...], of_first: int, of_all: int) -> None:
+        for chunk in chunks:
             row = chunk.row
-            assert chunk.start % self.chunk_tokens == 0
-            assert chunk.end == min(chunk.start + self.chunk_tokens, row.num_prefill_tokens)
+            assert chunk.start % self.chunk_tokens == 0 or self.limits.joined_tokens
+            border = (chunk.start // self.chunk_tokens + 1) * self.chunk_tokens
+            most = of_first if chunk is chunks[0] else of_all
+            assert chunk.end == min(chunk.start + most, border, row.num_prefill_tokens)
             assert chunk.start < chunk.end
             if chunk.start > 0:
                 held = Content(prompt_of(row), chunk.start)
@@ -291,12 +323,11 @@ class AnyOrder(RuleBasedStateMachine):
             has_whole_chunk = row.num_prefill_tokens >= self.chunk_tokens
             assert row in self.looked_up or not (self.keeps_prefixes and has_whole_chunk)
         assert self.sources() == [], "prefilled again although it could have been copied"
-        if len(action.chunks) > 1:
-            num_tokens = sum(chunk.end - chunk.start for chunk in action.chunks)
-            assert num_tokens <= self.limits.packed_tokens
-            assert len(action.chunks) <= self.limits.packed_prompts
-            prompts = {prompt_of(chunk.row) for chunk in action.chunks}
-            assert len(prompts) == len(action.chunks), "a prompt is prefilled twice"
+        if len(chunks) > 1:
+            assert sum(chunk.end - chunk.start for chunk in chunks) <= of_all
+            assert len(chunks) <= self.limits.packed_prompts
+            prompts = {prompt_of(chunk.row) for chunk in chunks}
+            assert len(prompts) == len(chunks), "a prompt is prefilled twice"
 
     def fill(self, row: Row, num_tokens: int, slots: Sequence[int] = ()) -> None:
         for slot in slots or row.slots[:1]:

@@ -46,12 +46,13 @@ class Tape:
     What disturbs it sees how many rows or tokens run together, the place among them and the value.
     """
 
-    def __init__(self, num_slots=8, context_tokens=1024, row_counts=(2, 4, 8)):
+    def __init__(self, num_slots=8, context_tokens=1024, row_counts=(2, 4, 8), joined_tokens=0):
         self.info = EngineInfo(
             preset="x", preset_digest="x", family="x", is_instruct=None, num_parameters=0,
             dtype="x", backend="paper", device="tape", kernels="", context_tokens=context_tokens,
             num_slots=num_slots, vocabulary_size=1000, num_layers=1, hidden_dim=1,
             chunk_tokens=256, packed_tokens=64, packed_prompts=8,
+            joined_tokens=joined_tokens, joined_rows=5 if joined_tokens else 0,
             buckets={"decode_rows": [*row_counts], "prefill_tokens": [*CHUNKS]},
         )  # fmt: skip
         self.sums = np.full((num_slots, context_tokens), np.nan, np.float32)
@@ -59,6 +60,7 @@ class Tape:
         self.steps = []
         self.chunks = []
         self.disturb_step = self.disturb_chunk = self.disturb_answer = lambda count, place, x: x
+        self.disturb_joined = lambda x: x
 
     def begin(self, slot, token_ids):
         self.tokens[slot, : len(token_ids)] = token_ids
@@ -81,6 +83,19 @@ class Tape:
         self.steps.append([row.slot for row in rows])
         drawn = [[self._decode_row(len(rows), place, row)] for place, row in enumerate(rows)]
         return Done(drawn)
+
+    def join(self, chunks, rows):
+        [chunk] = chunks
+        assert 0 < len(chunk.token_ids) <= self.info.joined_tokens
+        assert len(rows) <= self.info.joined_rows
+        assert chunk.slot not in {row.slot for row in rows}
+        before = self.sums[chunk.slot, chunk.start - 1] if chunk.start else np.float32(0)
+        for offset, token_id in enumerate(chunk.token_ids):
+            before = before + np.float32(token_id)
+            self.sums[chunk.slot, chunk.start + offset] = self.disturb_joined(before)
+        done = self.decode(rows, 1)
+        self.steps.pop()
+        return done
 
     def _decode_row(self, count, place, row):
         before = self.sums[row.slot, row.position - 1] if row.position else np.float32(0)
@@ -233,6 +248,34 @@ def test_one_unit_in_the_last_place_of_one_position_of_a_chunk_fails(padded, ful
         compare_bits(tape)
 
 
+def test_rows_and_a_prompt_that_are_joined_are_compared_with_each_alone():
+    apart, joined = Tape(), Tape(joined_tokens=52)
+    num_apart = compare_bits(apart).num_comparisons
+    # 100 tokens of a prompt in parts of 25, five rows beside each but the last, which has one.
+    assert compare_bits(joined).num_comparisons == num_apart + 100 + 3 * 5 + 1
+
+
+def test_one_unit_in_the_last_place_of_a_prompt_beside_rows_fails():
+    tape = Tape(joined_tokens=52)
+    tape.disturb_joined = up
+    with pytest.raises(SelfTestFailed, match="A prompt gets other bits beside rows than alone"):
+        compare_bits(tape)
+
+
+def test_one_unit_in_the_last_place_of_a_row_beside_a_prompt_fails():
+    tape = Tape(joined_tokens=52)
+    join = tape.join
+
+    def uneven(chunks, rows):
+        done = join(chunks, rows)
+        tape.sums[rows[0].slot, rows[0].position] += 1
+        return done
+
+    tape.join = uneven
+    with pytest.raises(SelfTestFailed, match="A row gets other bits beside a prompt than alone"):
+        compare_bits(tape)
+
+
 def test_a_copy_that_misses_a_position_is_found():
     tape = Tape()
     copy = tape.copy
@@ -265,9 +308,16 @@ def test_a_difference_behind_the_first_block_is_found():
 
 
 def passed(kernels="auto"):
-    """By an engine of four slots: with native kernels a lone row runs as one."""
-    row_counts = row_buckets(4, is_native=load_kernels(kernels).is_native)
-    return replace(PASSED, row_counts=row_counts)
+    """By an engine of four slots: with native kernels a lone row runs as one, and two rows without
+    interventions are joined to a prompt of 100 tokens in four parts, to the last of them one.
+    """
+    is_native = load_kernels(kernels).is_native
+    num_joined = 100 + 3 * 2 + 1 if is_native else 0
+    return replace(
+        PASSED,
+        row_counts=row_buckets(4, is_native=is_native),
+        num_comparisons=PASSED.num_comparisons + num_joined,
+    )
 
 
 @pytest.mark.parametrize(("name", "kernels"), goldens.PATHS)

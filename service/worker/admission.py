@@ -340,6 +340,7 @@ class Admission:
             priority=command.priority,
             cost_tokens=len(prompt) + stops[prompt_index].max_tokens,
             adapter=command.adapter,
+            may_join=not command.interventions,
         )
         return Completion(
             row=row,

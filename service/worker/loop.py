@@ -42,9 +42,11 @@ from service.worker.pace import Pace
 from service.worker.paused_prefill import PausedPrefill
 from service.worker.scheduler import (
     Action,
+    Chunk,
     Copy,
     Decode,
     Idle,
+    Join,
     LookUp,
     Prefill,
     PrefillLimits,
@@ -126,7 +128,13 @@ class Loop:
         self._send = send
         self._status = status
         info = engine.info
-        limits = PrefillLimits(info.chunk_tokens, info.packed_tokens, info.packed_prompts)
+        limits = PrefillLimits(
+            info.chunk_tokens,
+            info.packed_tokens,
+            info.packed_prompts,
+            info.joined_tokens,
+            info.joined_rows,
+        )
         self._scheduler = Scheduler(info.num_slots, limits, keeps_prefixes=info.keeps_prefixes)
         self._pace = pace or Pace()
         self._work = WorkDone(info.buckets)
@@ -172,6 +180,8 @@ class Loop:
                 self._look_up(action)
             case Prefill():
                 self._go_on_prefilling(action)
+            case Join():
+                self._join(action)
             case Copy():
                 self._copy(action)
             case Spread():
@@ -259,27 +269,48 @@ class Loop:
 
     def _go_on_prefilling(self, action: Prefill) -> None:
         """Part of a chunk. A dispatch of the others follows, so it is as long as they can bear."""
-        chunks = []
-        for chunk in action.chunks:
-            assert chunk.row.slot is not None
-            prompted = self._prompted(chunk.row)
-            token_ids = prompted.prompt[chunk.start : chunk.end]
-            touches = prompted.interventions.touches(chunk.start, chunk.end)
-            adapter = chunk.row.adapter_slot
-            chunks.append(PromptChunk(chunk.row.slot, token_ids, chunk.start, touches, adapter))
         is_accompanied = self._scheduler.num_decoding > 0
         until = time.monotonic() + self._pace.prefill_seconds(is_accompanied=is_accompanied)
-        if not self._prefill.run(action, chunks, until):
-            return
+        chunks = [self._prompt_chunk(chunk) for chunk in action.chunks]
+        if self._prefill.run(action, chunks, until):
+            self._work.note_prefill(sum(chunk.end - chunk.start for chunk in action.chunks))
+            self._note_prefilled(action)
+
+    def _prompt_chunk(self, chunk: Chunk) -> PromptChunk:
+        row = chunk.row
+        assert row.slot is not None
+        prompted = self._prompted(row)
+        token_ids = prompted.prompt[chunk.start : chunk.end]
+        touches = prompted.interventions.touches(chunk.start, chunk.end)
+        return PromptChunk(row.slot, token_ids, chunk.start, touches, row.adapter_slot)
+
+    def _note_prefilled(self, action: Prefill | Join) -> None:
+        """Keeps the blocks that are whole now."""
         self._scheduler.record_prefill(action)
-        self._work.note_prefill(sum(chunk.end - chunk.start for chunk in action.chunks))
         for chunk in action.chunks:
             prefix_keys = self._prompted(chunk.row).prefix_keys
-            num_blocks = chunk.end // self._engine.info.chunk_tokens
-            is_whole = chunk.end - chunk.start == self._engine.info.chunk_tokens
-            if is_whole and num_blocks <= len(prefix_keys):
+            num_blocks, rest = divmod(chunk.end, self._engine.info.chunk_tokens)
+            if rest == 0 and num_blocks <= len(prefix_keys):
                 assert chunk.row.slot is not None
                 self._engine.keep(chunk.row.slot, prefix_keys[:num_blocks])
+
+    def _join(self, action: Join) -> None:
+        """As `_decode`, with a part of prompts in the same dispatch."""
+        completions = self._unfinished(action.rows)
+        if not completions:
+            self._read()
+            return
+        chunks = [self._prompt_chunk(chunk) for chunk in action.chunks]
+        rows = [completion.decode_row(1) for completion in completions]
+        dispatch = self._engine.join(chunks, rows)
+        num_tokens = sum(chunk.end - chunk.start for chunk in action.chunks)
+        self._work.note_join(num_tokens, len(rows))
+        self._read()
+        self._flush()
+        dispatch.wait()
+        self._note_prefilled(action)
+        self._unread = _Unread(dispatch, completions)
+        self._read()
 
     def _copy(self, action: Copy) -> None:
         slots = []
@@ -322,8 +353,7 @@ class Loop:
 
     def _decode(self, action: Decode) -> None:
         """Starts a dispatch, reads the one before, and waits until the new one is done."""
-        completions = [self._completions[row.key] for row in action.rows]
-        completions = [each for each in completions if each.num_steps_left > 0]
+        completions = self._unfinished(action.rows)
         if not completions:
             self._read()
             return
@@ -345,6 +375,11 @@ class Loop:
         if is_pressed or is_last:
             # Somebody waits for a slot that may be free now, or nothing would hide the reading.
             self._read()
+
+    def _unfinished(self, rows: Sequence[Row]) -> list[Completion]:
+        """Outputs that have steps to make that have not been started."""
+        completions = [self._completions[row.key] for row in rows]
+        return [each for each in completions if each.num_steps_left > 0]
 
     def _read(self) -> None:
         """Takes in what the last dispatch drew, if that has not been done."""

@@ -10,7 +10,8 @@ while there is no room for that one, it waits at the head of the line.
 
 While rows decode, parts of a chunk and decode steps take turns, so a long prompt delays a running
 stream by one part at a time and never by its whole length. How long a part is, the caller decides:
-it is asked for the same chunk again until it has recorded it. Short prompts share a chunk.
+it is asked for the same chunk again until it has recorded it. Short prompts share a chunk. Where
+the engine can join a step to a part of prompts, both are one turn.
 
 A prompt of whole chunks is looked up once, when it is its turn: what an earlier prompt left need
 not be prefilled, and what is being prefilled before it is there by then.
@@ -67,6 +68,7 @@ class Row:
         newest_turn: Of a search, among the steps of all of them.
         adapter: Digest of the adapter version that it uses; None: the base.
         adapter_slot: Where that is while the row has a slot.
+        may_join: Whether its prompt and its steps may be joined to those of others.
     """
 
     key: RowKey
@@ -84,6 +86,7 @@ class Row:
     newest_turn: int = 0
     adapter: str | None = None
     adapter_slot: int = 0
+    may_join: bool = True
 
     @property
     def is_search(self) -> bool:
@@ -128,6 +131,14 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """A step of ``rows`` together with these chunks."""
+
+    chunks: tuple[Chunk, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Give ``targets`` what was prefilled for ``source``."""
 
@@ -166,7 +177,7 @@ class Idle:
     """Nothing to do until something is submitted."""
 
 
-Action = LookUp | Prefill | Copy | Spread | Decode | Search | ReadScores | Idle
+Action = LookUp | Prefill | Join | Copy | Spread | Decode | Search | ReadScores | Idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +185,18 @@ class PrefillLimits:
     """What one chunk may hold.
 
     Attributes:
-        chunk_tokens: Of one prompt; chunks start at multiples of it.
+        chunk_tokens: Of one prompt; chunks end at multiples of it, or with their prompt.
         packed_tokens: Of several prompts together.
         packed_prompts: How many these may be.
+        joined_tokens: Of all prompts that a step is joined to; 0: none can be.
+        joined_rows: Rows of such a step.
     """
 
     chunk_tokens: int
     packed_tokens: int = 0
     packed_prompts: int = 1
+    joined_tokens: int = 0
+    joined_rows: int = 0
 
 
 # Who is next, after whose turn. Of prompts and scores, those go first who did not last time.
@@ -287,7 +302,12 @@ class Scheduler:
         if turn is Prefill:
             if self._chunks is None and not prefilling[0].is_looked_up:
                 return LookUp(prefilling[0])
-            self._last_turn = self._last_part = Prefill
+            self._last_part = Prefill
+            if self._chunks is None and self._may_join(prefilling, decoding):
+                # It is a step too.
+                self._last_turn = Decode
+                return self._next_join(prefilling, decoding)
+            self._last_turn = Prefill
             self._chunks = self._chunks or self._next_chunks(prefilling)
             return self._chunks
         if turn is Search:
@@ -304,7 +324,7 @@ class Scheduler:
         if row.is_prefilled:
             self._copy_sources.append(row)
 
-    def record_prefill(self, action: Prefill) -> None:
+    def record_prefill(self, action: Prefill | Join) -> None:
         """The chunks are in the cache."""
         self._chunks = None
         for chunk in action.chunks:
@@ -334,11 +354,29 @@ class Scheduler:
         else:
             self._waiting.remove(row)
 
+    def _may_join(self, prefilling: list[Row], decoding: tuple[Row, ...]) -> bool:
+        is_few = 0 < len(decoding) <= self._limits.joined_rows
+        return is_few and all(row.may_join for row in (prefilling[0], *decoding))
+
+    def _next_join(self, prefilling: list[Row], decoding: tuple[Row, ...]) -> Join:
+        """A part of the first row's prompt, whole rests of others, and a step of ``decoding``."""
+        others = [row for row in prefilling[1:] if row.may_join]
+        most = self._limits.joined_tokens
+        self._copy_sources = []
+        return Join(self._packed([prefilling[0], *others], most, most), decoding)
+
     def _next_chunks(self, prefilling: list[Row]) -> Prefill:
         """The next chunk of the first row, with the last chunks of others that fit beside it."""
+        limits = self._limits
+        return Prefill(self._packed(prefilling, limits.chunk_tokens, limits.packed_tokens))
+
+    def _packed(
+        self, prefilling: list[Row], first_tokens: int, all_tokens: int
+    ) -> tuple[Chunk, ...]:
+        """Up to ``first_tokens`` of the first row; what is left of others, if it fits beside."""
         first, *others = prefilling
-        chunks = [self._next_chunk(first)]
-        room = self._limits.packed_tokens - (chunks[0].end - chunks[0].start)
+        chunks = [self._next_chunk(first, first_tokens)]
+        room = all_tokens - (chunks[0].end - chunks[0].start)
         for row in others:
             chunk = self._next_chunk(row)
             num_tokens = chunk.end - chunk.start
@@ -350,11 +388,12 @@ class Scheduler:
                 room -= num_tokens
             if len(chunks) == self._limits.packed_prompts:
                 break
-        return Prefill(tuple(chunks))
+        return tuple(chunks)
 
-    def _next_chunk(self, row: Row) -> Chunk:
-        start = row.num_prefilled
-        return Chunk(row, start, min(start + self._limits.chunk_tokens, row.num_prefill_tokens))
+    def _next_chunk(self, row: Row, most: int | None = None) -> Chunk:
+        start, of_block = row.num_prefilled, self._limits.chunk_tokens
+        end = min((start // of_block + 1) * of_block, row.num_prefill_tokens)
+        return Chunk(row, start, end if most is None else min(end, start + most))
 
     def _next_search(self, searching: list[Row]) -> Search:
         """The search that waits longest; one that is new is next."""

@@ -36,6 +36,11 @@ class WorkDone:
         self._prefill += num_tokens
         self._prefill_padding += _missing(num_tokens, self._chunk_buckets)
 
+    def note_join(self, num_tokens: int, num_rows: int) -> None:
+        """A chunk and a step of rows in one: nothing fills it up."""
+        self._prefill += num_tokens
+        self._decode += num_rows
+
     def note_score(self, num_tokens: int) -> None:
         """A chunk of texts that are scored."""
         self._score += num_tokens

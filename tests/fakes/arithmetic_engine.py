@@ -82,6 +82,7 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
         self._adapters = [0] * (1 + options.adapter_slots)
         # Of the adapter that each slot was prefilled with.
         self._added = [0] * options.num_slots
+        self.joined_tokens = int(os.environ.get("ARITHMETIC_JOINED_TOKENS", "0"))
         self._step_seconds = float(os.environ.get("ARITHMETIC_STEP_SECONDS", "0"))
         self.hidden_slots: set[int] = set()
         self.num_compilations = 0
@@ -108,6 +109,8 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
             chunk_tokens=CHUNK_TOKENS,
             packed_tokens=CHUNK_TOKENS,
             packed_prompts=2,
+            joined_tokens=self.joined_tokens,
+            joined_rows=3 if self.joined_tokens else 0,
             keeps_prefixes=self._options.prefix_cache_bytes > 0,
             adapter_slots=self._options.adapter_slots,
             adapter_max_rank=self._options.adapter_max_rank,
@@ -134,12 +137,24 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
     def prefill(self, chunks: Sequence[PromptChunk]) -> Iterator[None]:
         assert len(chunks) == 1 or sum(len(chunk.token_ids) for chunk in chunks) <= CHUNK_TOKENS
         for chunk in chunks:
-            assert chunk.start % CHUNK_TOKENS == 0
-            assert 0 < len(chunk.token_ids) <= CHUNK_TOKENS
+            assert chunk.start % CHUNK_TOKENS == 0 or self.joined_tokens
+            assert 0 < len(chunk.token_ids) <= CHUNK_TOKENS - chunk.start % CHUNK_TOKENS
         # As two layers that are both needed.
         for _ in range(2):
             time.sleep(self._step_seconds / 2)
             yield
+        self._hold(chunks)
+
+    def join(self, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> "Sums":
+        assert 0 < sum(len(chunk.token_ids) for chunk in chunks) <= self.joined_tokens
+        assert 0 < len(rows) <= self.info.joined_rows
+        assert not any(chunk.touches for chunk in chunks)
+        assert not any(row.rules.interventions for row in rows)
+        assert not {chunk.slot for chunk in chunks} & {row.slot for row in rows}
+        self._hold(chunks)
+        return self.decode(rows, 1)
+
+    def _hold(self, chunks: Sequence[PromptChunk]) -> None:
         for chunk in chunks:
             self._slots[chunk.slot][chunk.start :] = [
                 embedded(token, touching(chunk.touches, place))
@@ -279,6 +294,7 @@ def _misbehave(tokens: Sequence[int]) -> None:
 def load(options: EngineOptions, progress: Progress) -> ArithmeticEngine:
     """Loads at once, unless the environment says otherwise.
 
+    ``ARITHMETIC_JOINED_TOKENS`` lets it join steps to so many tokens of prompts,
     ``ARITHMETIC_STEP_SECONDS`` is the duration of every step, ``ARITHMETIC_LOAD_SECONDS`` that of
     loading.
     """
