@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from model.config import GemmaConfig
 
+# Of an adapter in a file, whatever the room for it in a bank.
+MAX_RANK = 1024
+
 
 class PairShape(NamedTuple):
     """A is [heads, rank, in_width], B is [heads, rank, out_per_head]."""

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from model.adapter_bank import Adapter, AdapterBank, random_adapter
-from model.adapters import read_adapter
+from model.adapter_bank import Adapter, AdapterBank
 from model.attribution_questions import (
     MAX_ATTRIBUTION_TOKENS,
     PASS_TOKENS,
@@ -28,6 +27,7 @@ from model.chunk_stream import ChunkStream, ChunkStreams
 from model.config import Family, GemmaConfig
 from model.decode import SlotStates
 from model.dispatch import DeviceDispatch, DispatchPart
+from model.engine_adapters import EngineAdapters
 from model.engine_programs import ProgramSet, row_buckets
 from model.errors import RequestInvalid, SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.gemma import kv_cache
@@ -57,6 +57,8 @@ from model.slot_blocks import KeptBlock
 from model.slot_memory import BLOCK_TOKENS, block_bytes
 from model.slots import (
     MAX_STEPS,
+    AdapterForm,
+    AdapterLayout,
     DecodeRow,
     EngineInfo,
     EngineOptions,
@@ -156,6 +158,7 @@ class GemmaEngine:
             max_rank=options.adapter_max_rank,
             programs=self._programs,
         )
+        self._adapters = EngineAdapters(self._config, self._bank)
         context = options.context_tokens
         # Those of texts that are scored stand behind those of sequences.
         self._num_all_slots = options.num_slots + SCORE_SLOTS
@@ -479,18 +482,32 @@ class GemmaEngine:
         return DeviceDispatch(parts)
 
     def read_adapter(self, path: Path, digest: str) -> Adapter:
-        """Opens the file of an adapter version; see `model.slots.Engine`."""
-        adapter = read_adapter(path, digest, self._config)
-        self._bank.check(adapter)
-        return adapter
+        """Opens the files of an adapter version; see `model.slots.Engine`."""
+        return self._adapters.read(path, digest)
+
+    def open_adapter(self, content: bytes) -> Adapter:
+        """An adapter of the bytes of a stored version."""
+        return self._adapters.open(content)
+
+    def adapter_form(self, content: bytes) -> AdapterForm:
+        """What the adapter of such bytes is made of."""
+        return self._adapters.form(content)
+
+    def import_adapter(self, path: Path, format: AdapterLayout) -> bytes:
+        """The bytes of the adapter in a file of another library."""
+        return self._adapters.bring_in(path, format)
+
+    def export_adapter(self, content: bytes, path: Path, format: AdapterLayout) -> None:
+        """Writes an adapter as a file for another library."""
+        self._adapters.take_out(content, path, format)
 
     def put_random_adapter(self, slot: int, rank: int) -> None:
-        """For the self-test: an adapter of all projections, of the size of real ones."""
-        self._bank.put(slot, random_adapter(self._config, rank, seed=slot))
+        """For the self-test; see `EngineAdapters`."""
+        self._adapters.put_random(slot, rank)
 
     def put_adapter(self, slot: int, adapter: Adapter) -> None:
         """Gives a slot of the bank to an adapter."""
-        self._bank.put(slot, adapter)
+        self._adapters.put(slot, adapter)
 
     def keep_hidden(self, slot: int) -> None:
         """Keeps the hidden states of this slot's next prompt, for a contrastive search."""

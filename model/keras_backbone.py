@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import keras
 from jaxtyping import Array
 
-from model.adapters import load_lora, save_lora
+from model.backbone_lora import load_lora, save_lora
 from model.config import Family, GemmaConfig
 from model.gemma.backbone import Backbone
 from model.gemma.keras_arguments import gemma3_config, gemma_config, keras_arguments
@@ -94,11 +94,11 @@ class KerasBackbone(Backbone):
         save_backbone(Path(preset_dir), self, max_shard_size=max_shard_size)
 
     def save_lora_weights(self, filepath: str | Path) -> None:
-        """Writes a ``.lora.h5`` file, which keras-hub reads; see `model.adapters.save_lora`."""
+        """Writes a ``.lora.h5`` file for keras-hub; see `model.backbone_lora.save_lora`."""
         save_lora(Path(filepath), self)
 
     def load_lora_weights(self, filepath: str | Path) -> None:
-        """Reads a ``.lora.h5`` file of ours or of keras-hub; see `model.adapters.load_lora`."""
+        """Reads a ``.lora.h5`` file; see `model.backbone_lora.load_lora`."""
         load_lora(Path(filepath), self)
 
     def get_config(self) -> dict[str, Any]:

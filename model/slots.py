@@ -21,7 +21,7 @@ Only the standard library is imported here, so that a fake engine is a few lines
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from model.intervention_slots import StepIntervention, Touch
 from model.kernels.choice import KernelChoice
@@ -219,6 +219,17 @@ class SampledToken:
 
 # An adapter that was read; what it is, only the engine knows.
 Adapter = Any
+AdapterLayout = Literal["keras", "peft"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """What an adapter is made of; see `model.lora_adapter.LoraForm`."""
+
+    layout: AdapterLayout
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ from pathlib import Path
 from service.errors import ModelNotFound
 
 ADAPTER_NAME = r"[a-z0-9][a-z0-9_-]{0,62}"
+_PIECE_BYTES = 1 << 20
 _VERSION = re.compile(rf"(?P<name>{ADAPTER_NAME})(@(?P<number>[1-9][0-9]{{0,8}}))?")
 
 
@@ -82,10 +83,18 @@ def open_adapters(given: Iterable[str]) -> AdapterNames:
 
 
 def _digest(path: Path) -> str:
+    """Of a file, or of the two of a directory of PEFT, one behind the other."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        for each in files:
+            with each.open("rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    digest.update(piece)
     except OSError as error:
         raise AdapterFileUnreadable(
-            f"cannot read the adapter {path}: {error.strerror}. Name a file with --adapter."
+            f"cannot read the adapter {each}: {error.strerror}. Name a file or a directory of PEFT "
+            "with --adapter."
         ) from error
+    return f"sha256:{digest.hexdigest()}"

@@ -126,7 +126,7 @@ class Fetch(Command):
 
 
 class Export(Command):
-    """Writes a preset as a new directory for other programs."""
+    """Writes a preset, an adapter, or both as one, for other programs."""
 
     model_config = SettingsConfigDict(cli_prog_name="gemma-service export")
     positionals = ("source", "directory")
@@ -134,16 +134,50 @@ class Export(Command):
     source: CliPositionalArg[_PresetName] = Field(
         description="What to export: whatever `serve` and `fetch` take.",
     )
-    directory: CliPositionalArg[Path] = Field(description="A directory that does not exist yet.")
-    format: Literal["keras", "hugging-face"] = Field(
-        description="keras: a preset for keras-hub; hugging-face: safetensors for transformers.",
+    directory: CliPositionalArg[Path] = Field(
+        description="A directory that does not exist yet; a new .lora.h5 file for an adapter "
+        "of keras-hub.",
+    )
+    format: Literal["keras", "hugging-face", "peft"] = Field(
+        description="keras: for keras-hub, a preset or the .lora.h5 file of an adapter; "
+        "hugging-face: safetensors for transformers; peft: an adapter alone.",
+    )
+    adapter: _PresetName | None = Field(
+        None,
+        description="An adapter for SOURCE, alone or --merged: a path or NAME=PATH, as serve "
+        "takes it.",
+    )
+    merged: CliImplicitFlag[bool] = Field(
+        False, description="Add the adapter to the weights and write the whole preset."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Of the stored weights; bfloat16 halves the size and rounds what is finer.",
     )
 
+    def _adapter_words(self) -> list[str]:
+        """What is said of an adapter. Raises `Exit` if it cannot be done."""
+        if self.adapter is None:
+            if self.merged or self.format == "peft":
+                raise Exit(ExitStatus.USAGE, "--merged and --format peft need an --adapter.")
+            return []
+        name, is_named, path = self.adapter.partition("=")
+        words = ["--adapter", str(Path(path if is_named else name).absolute())]
+        if self.merged:
+            if self.format == "peft":
+                raise Exit(ExitStatus.USAGE, "--format peft writes an adapter that is not merged.")
+            return [*words, "--merged"]
+        if self.format == "hugging-face":
+            raise Exit(
+                ExitStatus.USAGE,
+                "--format hugging-face writes a whole preset: add --merged, or take --format peft.",
+            )
+        if self.format == "keras" and not self.directory.name.endswith(".lora.h5"):
+            raise Exit(ExitStatus.USAGE, "the name of keras-hub's adapter file ends in .lora.h5.")
+        return words
+
     def run(self) -> None:
+        of_adapter = self._adapter_words()
         # Before anything is downloaded or converted.
         if self.directory.is_symlink() or self.directory.exists():
             raise Exit(
@@ -152,7 +186,7 @@ class Export(Command):
             )
         _make_cache_directory(self.cache_dir)
         words = ["export", "--cache-dir", str(self.cache_dir)]
-        words += ["--format", self.format, "--dtype", self.dtype]
+        words += ["--format", self.format, "--dtype", self.dtype, *of_adapter]
         words += ["--", self.source, str(self.directory)]
         for result in run_in_worker(words, self.log_level):
             if isinstance(result, Exported):

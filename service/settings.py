@@ -81,7 +81,8 @@ class Settings(BaseSettings):
     adapter: list[Annotated[str, StringConstraints(pattern=_ADAPTER)]] = Field(
         default_factory=list,
         max_length=1024,
-        description="NAME=PATH of a .lora.h5 file, served as gemma:NAME; may be given repeatedly.",
+        description="NAME=PATH of a .lora.h5 file, a directory of PEFT or a .safetensors file, "
+        "served as gemma:NAME; may be given repeatedly.",
     )
     adapter_slots: int = Field(
         16, ge=0, le=256, description="Adapters in memory at once; 0 serves the base alone."

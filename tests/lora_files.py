@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from model.adapters import save_lora
+from model.backbone_lora import save_lora
 from model.gemma.backbone import Backbone
 from model.gemma.keras_lora import DEFAULT_TARGETS
 from model.presets.keras_directory import KerasPreset

@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 
 from model.adapter_bank import Adapter, of_keras, of_peft, random_adapter
+from model.adapter_exchange.files import export_directory, export_file
+from model.adapter_exchange.layouts import in_layout
 from model.adapter_shapes import bank_bytes, pair_shapes
-from model.adapters import read_adapter
 from model.engine import load
 from model.errors import AdapterUnfit
 from model.gemma.forward import forward
 from model.gemma.keras_lora import TARGETS, lora_shapes, merged_kernel
+from model.lora_adapter import LoraForm
 from model.progress import no_progress
 from model.score_slots import AskedPlace, ScoreChunk
 from model.search_slots import Beam, BeamStep, CandidateStep, SearchRules
-from model.slots import DecodeRow, EngineOptions, PromptChunk, RowRules, Sampling
+from model.slots import (
+    AdapterForm,
+    DecodeRow,
+    EngineOptions,
+    PromptChunk,
+    RowRules,
+    Sampling,
+)
 from service.adapters import open_adapters
 from tests import goldens
+from tests.adapters import drawn_adapter
 
 PATHS = pytest.mark.parametrize("kernels", ["auto", "xla"])
 NAME = "gemma3_tiny"
@@ -276,18 +286,43 @@ def test_what_does_not_fit_the_bank_is_one_line(engine_of):
         bank.check(bad)
 
 
-def test_a_file_that_is_not_the_version_that_was_named_is_refused(tmp_path):
+def test_a_file_that_is_not_the_version_that_was_named_is_refused(tmp_path, engine_of):
     golden = goldens.directory("gemma1_tiny") / "lora5.lora.h5"
     copy = tmp_path / "tone.lora.h5"
-    copy.write_bytes(golden.read_bytes())
-    [version] = open_adapters([f"tone={copy}"]).versions
-    config = config_of("gemma1_tiny")
-    assert read_adapter(copy, version.digest, config).targets == ("query", "value")
     copy.write_bytes(golden.read_bytes() + b"\0")
+    [version] = open_adapters([f"tone={golden}"]).versions
+    engine = engine_of("gemma1_tiny")
     with pytest.raises(AdapterUnfit, match="has changed since it was named"):
-        read_adapter(copy, version.digest, config)
-    with pytest.raises(AdapterUnfit, match=r"ends in \.lora\.h5"):
-        read_adapter(tmp_path / "tone.bin", version.digest, config)
+        engine.read_adapter(copy, "sha256:" + 64 * "0")
+    assert engine.read_adapter(golden, version.digest).targets == ("query", "value")
+    (tmp_path / "tone.bin").write_bytes(b"?")
+    [version] = open_adapters([f"tone={tmp_path / 'tone.bin'}"]).versions
+    with pytest.raises(AdapterUnfit, match=r"ends in \.lora\.h5 or \.safetensors"):
+        engine.read_adapter(tmp_path / "tone.bin", version.digest)
+
+
+def test_an_engine_brings_adapters_in_and_takes_them_out_as_what_they_are(tmp_path, engine_of):
+    engine, config = engine_of(NAME), config_of(NAME)
+    adapter = drawn_adapter(config, LoraForm("peft", 2, 3.0, ("query", "value")), scale=0.3)
+    export_directory(adapter, tmp_path / "tone", config)
+    [version] = open_adapters([f"tone={tmp_path / 'tone'}"]).versions
+    read = engine.read_adapter(tmp_path / "tone", version.digest)
+    export_file(adapter, tmp_path / "sent", "peft", config)
+    content = engine.import_adapter(tmp_path / "sent", "peft")
+    assert engine.adapter_form(content) == AdapterForm("peft", 2, 3.0, ("query", "value"))
+    engine.export_adapter(content, tmp_path / "keras", "keras")
+    back = engine.import_adapter(tmp_path / "keras", "keras")
+    assert engine.adapter_form(back) == AdapterForm("keras", 8, 8.0, ("query", "value"))
+    found = []
+    for each in (read, engine.open_adapter(content), engine.open_adapter(back)):
+        engine.put_adapter(1, each)
+        found.append(scored(engine, random_tokens(12), 1))
+    np.testing.assert_array_equal(found[1], found[0])
+    # The same sums, of four times as many terms.
+    np.testing.assert_allclose(found[2], found[0], atol=1e-5, rtol=0)
+    export_file(in_layout(adapter, "keras", config), tmp_path / "wide", "peft", config)
+    with pytest.raises(AdapterUnfit, match="rank 32 needs --adapter-max-rank 32; it is 8"):
+        engine.import_adapter(tmp_path / "wide", "peft")
 
 
 @pytest.mark.parametrize("name", goldens.TINY_PRESETS)

@@ -14,13 +14,19 @@ import numpy as np
 import psutil
 import pytest
 
+from model.adapter_exchange.files import open_adapter
+from model.adapter_exchange.merged import merged_arrays
 from model.presets.resolve import PRESET_NAMES, TINY, open_reader
 from service.exit_status import ExitStatus
 from tests import goldens
+from tests.adapters import change_of
 from tests.fakes.loopback_hubs import LoopbackHubs, Model
+from tests.lora_files import lora_file
 from tests.service_process import REPOSITORY, eventually, has_ended
 
 ON_HUB = goldens.directory("gemma2_tiny") / "preset_sharded"
+GEMMA3 = str(goldens.preset_directory("gemma3_tiny"))
+CONFIG = goldens.backbone("gemma3_tiny").config
 SHARD = "model_00001.weights.h5"
 ON_HUGGING_FACE = goldens.directory("gemma2_tiny") / "hf"
 FOREIGN = ("GEMMA_", "HF_", "HUGGING", "KAGGLE", "XDG_")
@@ -307,6 +313,48 @@ def test_an_exported_preset_is_the_same_preset(environment, tmp_path, form, dtyp
         assert packing["config"]["sequence_length"] == 24
 
 
+def test_an_exported_adapter_and_its_merged_preset_are_what_it_adds(environment, tmp_path):
+    path = lora_file(tmp_path, "tone")
+    adapter = open_adapter(path, CONFIG)
+    for source, target in ((path, "peft"), (tmp_path / "peft", "again.lora.h5")):
+        words = ["export", GEMMA3, str(tmp_path / target), f"--adapter=tone={source}"]
+        succeed(environment, *words, f"--format={'keras' if target != 'peft' else 'peft'}")
+        written = open_adapter(tmp_path / target, CONFIG)
+        assert written.form.targets == adapter.form.targets
+        for place in adapter.pairs:
+            np.testing.assert_allclose(
+                change_of(CONFIG, written, place), change_of(CONFIG, adapter, place), atol=1e-12
+            )
+    preset = open_reader(GEMMA3, tmp_path)
+    expected = dict(merged_arrays(preset.arrays(), adapter))
+    for form in ("keras", "hugging-face"):
+        target = tmp_path / form
+        words = ["export", GEMMA3, str(target), f"--adapter={path}", "--merged"]
+        process = succeed(environment, *words, f"--format={form}")
+        assert process.stdout.startswith(f"{target}: ")
+        for name, array in open_reader(str(target), tmp_path).arrays():
+            np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "pattern"),
+    [
+        (["x", "--format=peft"], ExitStatus.USAGE, "need an --adapter"),
+        (["x", "--format=keras", "--merged"], ExitStatus.USAGE, "need an --adapter"),
+        (["x", "--format=peft", "--adapter=a", "--merged"], ExitStatus.USAGE, "not merged"),
+        (["x", "--format=hugging-face", "--adapter=a"], ExitStatus.USAGE, "add --merged"),
+        (["x", "--format=keras", "--adapter=a"], ExitStatus.USAGE, r"ends in \.lora\.h5"),
+        (["x", "--format=peft", "--adapter=/none"], ExitStatus.BAD_PRESET, "/none is missing"),
+    ],
+)
+def test_an_export_of_an_adapter_that_cannot_be_is_one_line(
+    environment, tmp_path, words, status, pattern
+):
+    target, *options = words
+    process = run(environment, "export", TINY, str(tmp_path / target), *options)
+    assert_refused(process, status, pattern)
+
+
 def test_an_export_that_is_interrupted_amid_a_large_array_leaves_nothing(
     environment, tmp_path, cache_dir
 ):
@@ -345,7 +393,10 @@ def assert_refused(process, status, pattern):
         (["fetch"], "fetch: the following arguments are required: NAME; try gemma-service fetch"),
         (["fetch", ""], "NAME: String should have at least 1 character"),
         (["export", "tiny", "x"], "--format: Field required"),
-        (["export", "tiny", "x", "--format", "onnx"], "--format: .*'keras' or 'hugging-face'"),
+        (
+            ["export", "tiny", "x", "--format", "onnx"],
+            "--format: .*'keras', 'hugging-face' or 'peft'",
+        ),
     ],
 )
 def test_a_command_that_is_not_understood_says_what_it_lacks(environment, words, pattern):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.adapters import load_lora, lora_places, save_lora
+from model.adapter_exchange.keras_file import lora_places
+from model.backbone_lora import load_lora, save_lora
 from model.causal_lm import GemmaCausalLM
 from model.errors import PresetFileInvalid, PresetFileMissing
 from model.gemma.backbone import Backbone

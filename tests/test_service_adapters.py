@@ -161,7 +161,11 @@ def served(directory, *options):
     ("options", "status", "said"),
     [
         (["--adapter=tone={files}/none.lora.h5"], 65, "cannot read the adapter {files}/none"),
-        (["--adapter=tone={files}"], 65, "cannot read the adapter {files}: Is a directory"),
+        (
+            ["--adapter=tone={files}"],
+            65,
+            "cannot read the adapter {files}/adapter_config.json: No such file or directory",
+        ),
         (["--adapter=word={files}/word.lora.h5"], 65, "word.lora.h5 holds no number"),
         (["--adapter=Tone=x"], 64, "--adapter"),
         (["--adapter=tone"], 64, "--adapter"),

@@ -117,14 +117,12 @@ class HuggingFacePreset:
         found = _find_tensors(headers, shapes, HEAD_BY_PREFIX[prefix])
         with ExitStack() as stack:
             files = {
-                header.path: stack.enter_context(
-                    open_regular_file(self.directory, header.path.name)
-                )
-                for header in headers
+                header.source: stack.enter_context(open_regular_file(self.directory, name))
+                for name, header in zip(self.weight_files, headers, strict=True)
             }
             for spec in weight_specs(self.config):
-                path, place = found[names[spec.name]]
-                yield spec.name, _read(files[path], path, place, spec)
+                source, place = found[names[spec.name]]
+                yield spec.name, _read(files[source], source, place, spec)
 
 
 def find_weight_files(directory: Path) -> tuple[str, ...]:
@@ -146,50 +144,50 @@ def _prefix(headers: list[SafetensorsHeader]) -> str:
     prefix = find_prefix(name for header in headers for name in header.entries)
     if prefix is None:
         raise PresetFileInvalid(
-            f"{headers[0].path}: tensor model.{EMBEDDINGS_TENSOR} is missing; the other names that "
-            "it can have are missing, too."
+            f"{headers[0].source}: tensor model.{EMBEDDINGS_TENSOR} is missing; the other names "
+            "that it can have are missing, too."
         )
     return prefix
 
 
 def _find_tensors(
     headers: list[SafetensorsHeader], shapes: dict[str, tuple[int, ...]], head: str
-) -> dict[str, tuple[Path, TensorPlace]]:
+) -> dict[str, tuple[str, TensorPlace]]:
     """Where each tensor of ``shapes`` is; there is nothing else but a copy of the embeddings.
 
     Output heads are tied to the embeddings (the config was refused otherwise), so a stored one
     is not read.
     """
     optional = {head: next(iter(shapes.values()))}
-    file_of: dict[str, Path] = {}
+    file_of: dict[str, str] = {}
     for header in headers:
         for name in header.entries:
             if name in file_of:
                 raise PresetFileInvalid(
-                    f"{header.path}: tensor {name!r:.80} is also in {file_of[name].name}."
+                    f"{header.source}: tensor {name!r:.80} is also in {Path(file_of[name]).name}."
                 )
-            file_of[name] = header.path
+            file_of[name] = header.source
     for name in shapes:
         if name not in file_of:
-            raise PresetFileInvalid(f"{headers[0].path}: tensor {name} is missing.")
-    found: dict[str, tuple[Path, TensorPlace]] = {}
+            raise PresetFileInvalid(f"{headers[0].source}: tensor {name} is missing.")
+    found: dict[str, tuple[str, TensorPlace]] = {}
     for header in headers:
         here = {
             name: shape
             for name, shape in (shapes | optional).items()
-            if file_of.get(name) == header.path
+            if file_of.get(name) == header.source
         }
         for name, place in check_tensors(header, here).items():
-            found[name] = (header.path, place)
+            found[name] = (header.source, place)
     return found
 
 
 def _read(
-    file: BufferedReader, path: Path, place: TensorPlace, spec: WeightSpec
+    file: BufferedReader, source: str, place: TensorPlace, spec: WeightSpec
 ) -> NDArray[np.float32]:
     stored = np.empty(spec.shape, dtype=_DTYPES[place.dtype])
     file.seek(place.start)
     # Read, not mapped: a file that shrinks meanwhile is an error here and a crash there.
     if file.readinto(stored.reshape(-1).view(np.uint8).data) != place.num_bytes:
-        raise PresetFileInvalid(f"{path} became shorter while it was being read.")
+        raise PresetFileInvalid(f"{source} became shorter while it was being read.")
     return stored.astype(np.float32, copy=False)

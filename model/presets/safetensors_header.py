@@ -7,6 +7,7 @@ here first, and must describe exactly the arrays that the caller knows.
 A file is an 8-byte little-endian length, a JSON header of that length, and the data.
 """
 
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -47,16 +48,30 @@ class SafetensorsHeader:
     """A header that is bounded and well-formed JSON. Its entries are not checked yet.
 
     Attributes:
-        path: The file.
+        source: The file, as messages name it.
         entries: Name of a tensor -> its description, as it stands in the header.
+        metadata: What else the header says, text by text.
         data_start: Where the tensors begin.
         file_bytes: Where they must end.
     """
 
-    path: Path
+    source: str
     entries: dict[str, object]
+    metadata: dict[str, str]
     data_start: int
     file_bytes: int
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """What an entry says that its shape is, for callers that do not know better.
+
+        Raises:
+            PresetFileInvalid: It is not there, or says nothing of the kind.
+        """
+        entry = self.entries.get(name)
+        shape = _naturals(entry.get("shape")) if isinstance(entry, dict) else None
+        if shape is None:
+            raise PresetFileInvalid(f"{self.source}: tensor {name!r:.80} has no shape.")
+        return shape
 
 
 def check_safetensors(path: Path, specs: Iterable[WeightSpec]) -> dict[str, TensorPlace]:
@@ -77,21 +92,36 @@ def read_header(path: Path) -> SafetensorsHeader:
     """
     with open_regular_file(path.parent, path.name) as file:
         file_bytes = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or not 2 <= length <= min(file_bytes - 8, _MAX_HEADER_BYTES):
-            raise PresetFileInvalid(
-                f"{path} is not safetensors: its header has {length:,} bytes, the file "
-                f"{file_bytes:,}, and a header at most {_MAX_HEADER_BYTES:,}."
-            )
-        raw_header = file.read(length)
+        return _read_header(file, file_bytes, str(path))
+
+
+def header_of(content: bytes, source: str) -> SafetensorsHeader:
+    """The header of a file that is in memory; ``source`` names it in errors.
+
+    Raises:
+        PresetFileInvalid: As in `check_safetensors`.
+    """
+    return _read_header(io.BytesIO(content), len(content), source)
+
+
+def _read_header(file: io.BufferedIOBase, file_bytes: int, source: str) -> SafetensorsHeader:
+    length = int.from_bytes(file.read(8), "little")
+    if file_bytes < 8 or not 2 <= length <= min(file_bytes - 8, _MAX_HEADER_BYTES):
+        raise PresetFileInvalid(
+            f"{source} is not safetensors: its header has {length:,} bytes, the file "
+            f"{file_bytes:,}, and a header at most {_MAX_HEADER_BYTES:,}."
+        )
+    raw_header = file.read(length)
     for symbol, most in _MAX_COUNTS.items():
         if raw_header.count(symbol) > most:
             raise PresetFileInvalid(
-                f"{path}: the header describes more than {_MAX_TENSORS} tensors."
+                f"{source}: the header describes more than {_MAX_TENSORS} tensors."
             )
-    entries = parse_object(raw_header, f"{path}: the header")
-    entries.pop("__metadata__", None)
-    return SafetensorsHeader(path, entries, data_start=8 + length, file_bytes=file_bytes)
+    entries = parse_object(raw_header, f"{source}: the header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise PresetFileInvalid(f"{source}: the metadata of its header must be texts by name.")
+    return SafetensorsHeader(source, entries, metadata, 8 + length, file_bytes)
 
 
 def check_tensors(
@@ -102,49 +132,53 @@ def check_tensors(
     Raises:
         PresetFileInvalid: The message names the file and, where there is one, the tensor.
     """
-    path, entries = header.path, header.entries
+    source, entries = header.source, header.entries
     for name in sorted(shapes.keys() - entries.keys()):
-        raise PresetFileInvalid(f"{path}: tensor {name} is missing.")
+        raise PresetFileInvalid(f"{source}: tensor {name} is missing.")
     for name in sorted(entries.keys() - shapes.keys()):
-        raise PresetFileInvalid(f"{path}: tensor {name!r:.80} does not belong to the model.")
+        raise PresetFileInvalid(f"{source}: tensor {name!r:.80} does not belong to the model.")
     places = {
-        name: _place(path, name, entries[name], shape, header.data_start)
+        name: _place(source, name, entries[name], shape, header.data_start)
         for name, shape in shapes.items()
     }
     end = header.data_start
     for place in sorted(places.values(), key=lambda place: place.start):
         if place.start != end:
-            raise PresetFileInvalid(f"{path}: its tensors overlap or leave a gap at byte {end:,}.")
+            raise PresetFileInvalid(
+                f"{source}: its tensors overlap or leave a gap at byte {end:,}."
+            )
         end += place.num_bytes
     if end != header.file_bytes:
         raise PresetFileInvalid(
-            f"{path} has {header.file_bytes:,} bytes, its header describes {end:,}; the file is "
+            f"{source} has {header.file_bytes:,} bytes, its header describes {end:,}; the file is "
             "truncated or has been extended."
         )
     return places
 
 
 def _place(
-    path: Path, name: str, entry: object, shape: tuple[int, ...], data_start: int
+    source: str, name: str, entry: object, shape: tuple[int, ...], data_start: int
 ) -> TensorPlace:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise PresetFileInvalid(f"{path}: tensor {name} is not described by dtype, shape, offsets.")
+        raise PresetFileInvalid(
+            f"{source}: tensor {name} is not described by dtype, shape, offsets."
+        )
     dtype, found_shape = entry["dtype"], _naturals(entry["shape"])
     offsets = _naturals(entry["data_offsets"])
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise PresetFileInvalid(
-            f"{path}: tensor {name} has dtype {dtype!r:.40}; only {', '.join(_ITEM_BYTES)} "
+            f"{source}: tensor {name} has dtype {dtype!r:.40}; only {', '.join(_ITEM_BYTES)} "
             "are read."
         )
     if found_shape is None or len(found_shape) > _MAX_RANK or found_shape != shape:
         raise PresetFileInvalid(
-            f"{path}: tensor {name} has shape {entry['shape']!r:.80}, the config implies "
+            f"{source}: tensor {name} has shape {entry['shape']!r:.80}, the config implies "
             f"{list(shape)}."
         )
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if offsets is None or len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
         raise PresetFileInvalid(
-            f"{path}: tensor {name} needs {num_bytes:,} bytes, its offsets are "
+            f"{source}: tensor {name} needs {num_bytes:,} bytes, its offsets are "
             f"{entry['data_offsets']!r:.80}."
         )
     return TensorPlace(dtype, data_start + offsets[0], num_bytes)

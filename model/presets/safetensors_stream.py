@@ -4,10 +4,11 @@ The library wants all tensors at once and copies them. Here one is in memory at 
 all names, shapes and dtypes are known before the first comes.
 """
 
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,26 @@ def write_tensors(
     """A new file with ``arrays`` as ``plans`` describes them, synced, for its owner alone."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        header = _header(plans)
-        file.write(len(header).to_bytes(_LENGTH_BYTES, "little"))
-        file.write(header)
-        for plan, array in zip(plans, arrays, strict=True):
-            assert array.shape == plan.shape, f"{plan} was planned, {array.shape} came"
-            stored = np.ascontiguousarray(array, dtype=plan.dtype)
-            # As bytes, because the buffer protocol has no bfloat16.
-            file.write(stored.reshape(-1).view(np.uint8).data)
+        _write(file, plans, arrays, {})
         file.flush()
         os.fsync(file.fileno())
 
 
-def _header(plans: Sequence[TensorPlan]) -> bytes:
+def tensor_bytes(
+    plans: Sequence[TensorPlan],
+    arrays: Iterable[NDArray[np.float32]],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """The same as the bytes of a file, with texts beside the tensors; one file for one input."""
+    file = io.BytesIO()
+    _write(file, plans, arrays, metadata)
+    return file.getvalue()
+
+
+def tensors_head(plans: Sequence[TensorPlan], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors."""
     # Readers of PyTorch refuse files that do not say which framework's layout they have.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0
     for plan in plans:
         header[plan.name] = {
@@ -65,4 +71,19 @@ def _header(plans: Sequence[TensorPlan]) -> bytes:
         }
         start += plan.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT_BYTES)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT_BYTES)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _write(
+    file: io.BufferedIOBase,
+    plans: Sequence[TensorPlan],
+    arrays: Iterable[NDArray[np.float32]],
+    metadata: Mapping[str, str],
+) -> None:
+    file.write(tensors_head(plans, metadata))
+    for plan, array in zip(plans, arrays, strict=True):
+        assert array.shape == plan.shape, f"{plan} was planned, {array.shape} came"
+        stored = np.ascontiguousarray(array, dtype=plan.dtype)
+        # As bytes, because the buffer protocol has no bfloat16.
+        file.write(stored.reshape(-1).view(np.uint8).data)

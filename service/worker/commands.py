@@ -9,10 +9,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from model.errors import PresetDownloadFailed, PresetError, PresetNotFound, UnsupportedPreset
 from model.presets import demo, hubs
@@ -122,8 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     command("presets", _list_presets).add_argument("--context-tokens", type=int, required=True)
     command("fetch", _fetch, "name")
     export = command("export", _export, "source", "directory")
-    export.add_argument("--format", choices=("keras", "hugging-face"), required=True)
+    export.add_argument("--format", choices=("keras", "hugging-face", "peft"), required=True)
     export.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
+    export.add_argument("--adapter", type=Path)
+    export.add_argument("--merged", action="store_true")
     return parser
 
 
@@ -226,17 +231,21 @@ class _CannotWrite(Exception):
 
 def _export(arguments: argparse.Namespace, lines: _Lines) -> None:
     reader = open_reader(arguments.source, arguments.cache_dir, progress=lines.progress)
-    # Not from the reader: files of strangers are read by the process that converts, and no other.
-    preset = convert(reader, arguments.cache_dir, progress=lines.progress)
     target = Path(arguments.directory)
     try:
-        _write(preset, reader, target, arguments, lines)
+        if arguments.adapter is not None and not arguments.merged:
+            _write_adapter(reader, target, arguments)
+        else:
+            # Not from the reader: files of strangers are read by the process that converts, and no
+            # other.
+            preset = convert(reader, arguments.cache_dir, progress=lines.progress)
+            _write(preset, reader, target, arguments, lines)
     except PresetError as error:
         if type(error) is not PresetError:
             raise
         # The writers call by that name what concerns the target and no preset.
         raise _CannotWrite(str(error)) from error
-    written = _files_below(target)
+    written = [target] if target.is_file() else _files_below(target)
     lines.send(Exported(num_files=len(written), num_bytes=_num_bytes(written)))
 
 
@@ -250,7 +259,13 @@ def _write(
     def loaded(phase: str, done: float, total: float) -> None:
         lines.progress("write", done, total)
 
-    arrays = preset.arrays(progress=loaded)
+    arrays: Iterable[tuple[str, NDArray[np.float32]]] = preset.arrays(progress=loaded)
+    if arguments.adapter is not None:
+        # Imported late: with JAX, which most commands need not.
+        from model.adapter_exchange.files import open_adapter
+        from model.adapter_exchange.merged import merged_arrays
+
+        arrays = merged_arrays(arrays, open_adapter(arguments.adapter, preset.config))
     tokenizer_proto = preset.tokenizer_proto()
     if arguments.format == "keras":
         packing = read_preprocessing(reader.directory) if isinstance(reader, KerasPreset) else None
@@ -270,3 +285,16 @@ def _write(
             "Use --format keras, or add the tokenizer to the preset."
         )
     write_hugging_face(target, preset.config, arrays, tokenizer_proto, dtype=arguments.dtype)
+
+
+def _write_adapter(reader: PresetReader, target: Path, arguments: argparse.Namespace) -> None:
+    from model.adapter_exchange.files import export_directory, export_file, open_adapter
+
+    adapter = open_adapter(arguments.adapter, reader.config)
+    if arguments.format == "peft":
+        export_directory(adapter, target, reader.config)
+        return
+    try:
+        export_file(adapter, target, "keras", reader.config)
+    except OSError as error:
+        raise _CannotWrite(f"{target} cannot be written: {error.strerror or error}.") from error

@@ -4,6 +4,7 @@ Runs in every environment, so it needs NumPy and nothing else::
 
     <directory>/<case>/model/             a preset or checkpoint, as its writer saves it
     <directory>/<case>/adapter.lora.h5    LoRA to be loaded after it, if there is one
+    <directory>/<case>/adapter/           the same as PEFT saves it
     <directory>/<case>/answer.npz         the writer's logits for `rows`
     <directory>/differences.json          case -> the reader's largest difference
 

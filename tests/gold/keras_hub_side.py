@@ -130,10 +130,10 @@ def task_of_quantised_weights(arguments):
     return model
 
 
-def write_lora_file(case):
+def write_lora_file(case, arguments):
     """A preset without LoRA and the file beside it."""
     case.mkdir(parents=True)
-    model = task(_GEMMA2)
+    model = task(arguments)
     model.save_to_preset(str(case / "model"))
     with_lora(model).backbone.save_lora_weights(str(case / "adapter.lora.h5"))
     exchange.write_answer(case, logits_of(model))
@@ -165,7 +165,8 @@ def write(directory):
     write_bfloat16(directory / "gemma2_bfloat16")
     write_int8(directory / "gemma1_int8", _GEMMA1)
     write_int8(directory / "gemma2_int8", _GEMMA2)
-    write_lora_file(directory / "gemma2_lora_file")
+    write_lora_file(directory / "gemma2_lora_file", _GEMMA2)
+    write_lora_file(directory / "gemma3_lora_file", _GEMMA3)
     write_backbone(directory / "gemma1_backbone_alone")
     for name, arguments in (("gemma1", _GEMMA1), ("gemma2", _GEMMA2), ("gemma3", _GEMMA3)):
         write_control(directory / f"{exchange.CONTROL}_{name}", arguments)

@@ -14,15 +14,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from model.adapters import load_lora, save_lora
+from model.adapter_exchange.files import export_directory, export_file, open_adapter
+from model.adapter_exchange.merged import merged_arrays
+from model.backbone_lora import load_lora, save_lora
 from model.causal_lm import GemmaCausalLM
 from model.config import GemmaConfig
 from model.gemma.backbone import Backbone
+from model.gemma.keras_lora import TARGETS
+from model.lora_adapter import Layout, LoraForm
 from model.presets.hf_directory import HuggingFacePreset
 from model.presets.hf_writer import write_hugging_face
 from model.presets.keras_directory import KerasPreset
 from model.presets.keras_writer import write_keras_preset
 from tests import goldens
+from tests.adapters import drawn_adapter
 from tests.gold import exchange
 
 _READERS = {"keras-hub": KerasPreset, "transformers": HuggingFacePreset}
@@ -44,6 +49,8 @@ def write(peer: str, directory: Path) -> None:
         shards = {"max_shard_bytes": _SHARD_BYTES}
         save(directory / f"{name}_shards", preset.arrays(), whole, **shards)
         save(directory / f"{exchange.CONTROL}_{name}", _changed(preset.arrays()), whole)
+        for layout in ("keras", "peft"):
+            _write_adapted(peer, directory / f"{name}_{layout}_layout", preset, proto, layout)
         if peer == "transformers":
             rounded = backbone(preset.config, _rounded(preset.arrays()))
             folder = directory / f"{name}_bfloat16"
@@ -53,6 +60,25 @@ def write(peer: str, directory: Path) -> None:
             folder = directory / f"{name}_lora_file"
             save(folder, preset.arrays(), adapted)
             save_lora(folder / "adapter.lora.h5", adapted)
+
+
+def _write_adapted(
+    peer: str, case: Path, preset: KerasPreset, proto: bytes, layout: Layout
+) -> None:
+    """An adapter of one layout in the files of a peer, and merged; both answer alike."""
+    is_peft = peer == "transformers"
+    targets = tuple(sorted(TARGETS)) if is_peft else ("query", "value")
+    form = LoraForm(layout, 3, 3.0 if layout == "keras" else 4.5, targets)
+    adapter = drawn_adapter(preset.config, form, scale=0.2)
+    answering = backbone(preset.config, merged_arrays(preset.arrays(), adapter))
+    _save(peer, preset.config, proto, case, preset.arrays(), answering)
+    if is_peft:
+        export_directory(adapter, case / "adapter", preset.config)
+    else:
+        export_file(adapter, case / "adapter.lora.h5", "keras", preset.config)
+    merged = merged_arrays(preset.arrays(), adapter)
+    folder = case.with_name(f"{case.name}_merged")
+    _save(peer, preset.config, proto, folder, merged, answering)
 
 
 def _save(
@@ -75,6 +101,9 @@ def answer(peer: str, case: Path) -> np.ndarray:
     adapter = case / "adapter.lora.h5"
     if adapter.exists():
         load_lora(adapter, loaded)
+    if (case / "adapter").exists():
+        found = open_adapter(case / "adapter", preset.config)
+        loaded = backbone(preset.config, merged_arrays(preset.arrays(), found))
     return logits_of(loaded)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import exchange
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -97,6 +98,20 @@ def save(case, model, **options):
     shutil.copy(exchange.TOKENIZER, case / "model" / "tokenizer.model")
 
 
+def save_adapted(case, name, **options):
+    """A model, and beside it an adapter of PEFT without a zero."""
+    save(case, random_model(name))
+    model = get_peft_model(
+        random_model(name), LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
+    )
+    generator = torch.Generator().manual_seed(42)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data.normal_(0.0, 0.2, generator=generator)
+    model.save_pretrained(case / "adapter")
+    exchange.write_answer(case, logits_of(model.eval()))
+
+
 def write(directory):
     for name in _MODELS:
         for case, options in (("float32", {}), ("shards", {"max_shard_size": "100KB"})):
@@ -109,6 +124,12 @@ def write(directory):
         # The same numbers in float32. The model itself has a rounded rotary table, too.
         exchange.write_answer(folder, answer(folder))
 
+        for case, options in (
+            ("peft", {"target_modules": ["q_proj", "v_proj"]}),
+            ("peft_rslora", {"target_modules": "all-linear", "use_rslora": True}),
+        ):
+            save_adapted(directory / f"{name}_{case}", name, **options)
+
         changed, folder = random_model(name), directory / f"{exchange.CONTROL}_{name}"
         changed.model.layers[0].self_attn.q_proj.weight.data[0, 0] += exchange.CONTROL_CHANGE
         save(folder, changed)
@@ -120,6 +141,8 @@ def answer(case):
     model = AutoModelForCausalLM.from_pretrained(
         case / "model", dtype=torch.float32, attn_implementation="eager"
     )
+    if (case / "adapter").exists():
+        model = PeftModel.from_pretrained(model, case / "adapter")
     return logits_of(model.eval())
 
 

@@ -1,0 +1,1 @@
+"""Adapter files of other libraries, in and out."""
