@@ -398,7 +398,10 @@ class GemmaEngine:
     def join(self, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> DeviceDispatch:
         """Starts a step of ``rows`` together with parts of prompts; see `model.slots.Engine`."""
         assert self._joined is not None, "the info says that there is none"
-        self._check_joined(chunks, rows)
+        for chunk in chunks:
+            self._check_chunk(chunk, is_alone=False)
+        for row in rows:
+            self._checked_adapter(row.adapter)
         x, placed = self._joined.begin(self._states.tokens, chunks, rows)
         for layer in range(self._config.num_layers):
             x = self._run_block(layer, x, placed)
@@ -558,23 +561,6 @@ class GemmaEngine:
                 f"A chunk of {num_tokens} tokens cannot start at {chunk.start}: chunks hold 1 to "
                 f"{longest} tokens, end within {context} and lie within {BLOCK_TOKENS} tokens from "
                 "a multiple of it."
-            )
-
-    def _check_joined(self, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> None:
-        for chunk in chunks:
-            self._check_chunk(chunk, is_alone=False)
-        for row in rows:
-            self._checked_adapter(row.adapter)
-        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
-        fits = num_tokens <= JOINED_TOKENS and len(chunks) <= MAX_PACKED_PROMPTS
-        is_changed = any(chunk.touches for chunk in chunks) or any(
-            row.rules.interventions for row in rows
-        )
-        if not fits or not 1 <= len(rows) <= JOINED_ROWS or is_changed:
-            raise ValueError(
-                f"{num_tokens} tokens of {len(chunks)} prompts and {len(rows)} rows cannot be "
-                f"joined: {JOINED_TOKENS}, {MAX_PACKED_PROMPTS} and {JOINED_ROWS} are the most, "
-                "without interventions."
             )
 
     def _check_question(self, question: AttributionQuestion) -> None:

@@ -28,7 +28,7 @@ from model.gemma.forward import final_hidden, scale_embeddings, unembed
 from model.gemma.padded_rows import padded_again, step_rows
 from model.gemma.slot_tokens import slots_of_prompts
 from model.gemma.weights import GemmaWeights
-from model.prefill import ChunkRows, chunk_of, num_packed
+from model.prefill import MAX_PACKED_PROMPTS, ChunkRows, chunk_of, num_packed
 from model.programs import ProgramSpec
 from model.rule_rows import RuleArrays
 from model.slots import DecodeRow, PromptChunk
@@ -133,6 +133,7 @@ class JoinedTurns:
         self, tokens: jax.Array, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]
     ) -> tuple[jax.Array, ChunkRows]:
         """The stream of all before the first block, and where its tokens belong."""
+        _check(chunks, rows)
         newest = [PromptChunk(row.slot, [_OF_SLOT], row.position, (), row.adapter) for row in rows]
         token_ids, placed = chunk_of([*chunks, *newest], _BUCKET)
         x = self._programs["embed_joined"](self._weights.embeddings, tokens, token_ids, placed)
@@ -161,6 +162,20 @@ class JoinedTurns:
             )
             parts.append(DispatchPart(own, outputs))
         return tokens, parts
+
+
+def _check(chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> None:
+    num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+    fits = num_tokens <= JOINED_TOKENS and len(chunks) <= MAX_PACKED_PROMPTS
+    is_changed = any(chunk.touches for chunk in chunks) or any(
+        row.rules.interventions for row in rows
+    )
+    if not fits or not 1 <= len(rows) <= JOINED_ROWS or is_changed:
+        raise ValueError(
+            f"{num_tokens} tokens of {len(chunks)} prompts and {len(rows)} rows cannot be joined: "
+            f"{JOINED_TOKENS}, {MAX_PACKED_PROMPTS} and {JOINED_ROWS} are the most, without "
+            "interventions."
+        )
 
 
 def _integers(*shape: int) -> Any:

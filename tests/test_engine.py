@@ -441,3 +441,40 @@ def test_the_engine_says_which_kernels_it_computes_with(choice, engine_of):
 
     assert (info.kernels, info.kernels_reason) == (kernels.name, kernels.reason or None)
     assert (info.kernels == "xla") == (info.kernels_reason is not None)
+
+
+def test_a_joined_turn_gives_rows_and_prompts_what_each_gets_alone(engine_of):
+    engine = engine_of("gemma3_tiny")
+    if not engine.info.joined_tokens:
+        pytest.skip(f"kernels here: {engine.info.kernels}")
+    long, short, stream = random_tokens(300, 1), random_tokens(9, 2), random_tokens(40, 3)
+    sampling = Sampling(temperature=0.9, top_k=0, top_p=0.95, seed=7)
+    alone = [continue_alone(engine, prompt, 6) for prompt in (long, short)]
+    expected = continue_alone(engine, stream, 12, sampling=sampling)
+
+    prefill(engine, 0, stream)
+    rules = rules_of(stream, 12, sampling)
+    spans = [(0, 40), (40, 77), (77, 129), (129, 181), (181, 233), (233, 256), (256, 299)]
+    drawn = []
+    engine.begin(1, long)
+    engine.begin(2, short)
+    for turn, (start, end) in enumerate(spans):
+        chunks = [PromptChunk(1, long[start:end], start)]
+        if turn == 0:
+            chunks.append(PromptChunk(2, short[:-1], 0))
+        [[token]] = engine.join(chunks, [DecodeRow(0, 39 + turn, rules)]).tokens()
+        drawn.append((token.token_id, token.logprob))
+    assert drawn == list(zip(*expected, strict=True))[: len(spans)]
+    rest = continue_together(engine, {1: long, 2: short}, 6, {1: GREEDY, 2: GREEDY})
+    assert rest == alone
+
+
+def test_what_cannot_be_joined_is_refused(engine_of):
+    engine = engine_of("gemma1_tiny")
+    if not engine.info.joined_tokens:
+        pytest.skip(f"kernels here: {engine.info.kernels}")
+    row = DecodeRow(0, 0, rules_of([5], 3))
+    with pytest.raises(ValueError, match="53 tokens of 1 prompts and 1 rows cannot be joined"):
+        engine.join([PromptChunk(1, [5] * 53, 0)], [row])
+    with pytest.raises(ValueError, match="0 rows cannot be joined"):
+        engine.join([PromptChunk(1, [5], 0)], [])
