@@ -55,6 +55,15 @@ def test_a_name_is_answered_by_its_version_and_the_answer_says_which(
     assert response.json()["model"] == response.headers["x-model"] == resolved
 
 
+def test_attribution_of_an_adapter_is_refused_and_not_that_of_the_base(service):
+    attribution = {"method": "gradient", "of": "loss_sum"}
+    body = {"inputs": [{"token_ids": [1, 2]}], "attribution": attribution}
+    assert service.client.post("/score", json=body).status_code == 200
+    response = service.client.post("/score", json={**body, "model": "gemma:tone"})
+    assert response.status_code == 422
+    assert [error["pointer"] for error in response.json()["errors"]] == ["/attribution"]
+
+
 def test_tokens_of_an_adapter_are_worked_out_by_hand(service):
     # 1 + 2 + 10, then 1 + 2 + 13 + 10.
     assert drawn(service.generate([1, 2], max_tokens=2, model="gemma:tone")) == [[13, 26]]
