@@ -329,9 +329,9 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
 
 def test_what_info_shows_is_what_the_engine_tells():
     shown = set(ServerInfo.__struct_fields__)
-    assert shown | {"chunk_tokens", "packed_tokens", "packed_prompts", "keeps_prefixes"} == {
-        field.name for field in fields(EngineInfo)
-    }
+    of_the_scheduler = {"chunk_tokens", "packed_tokens", "packed_prompts", "keeps_prefixes"}
+    of_the_scheduler |= {"joined_tokens", "joined_rows"}
+    assert shown | of_the_scheduler == {field.name for field in fields(EngineInfo)}
 
 
 def test_the_api_asks_for_no_more_than_an_engine_gives():

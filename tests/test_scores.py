@@ -10,7 +10,6 @@ from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, ScoreChunk
 from tests import goldens
 from tests.test_engine import (
     GREEDY,
-    chunks_of,
     continue_alone,
     continue_together,
     full_logprobs,
@@ -205,10 +204,3 @@ def test_nothing_compiles_for_a_score_once_an_engine_is_loaded(engine_of):
         engine.measure([AskedPlace(residuals[-1], tuple(range(64)), num_top=3)])
     read(engine, *[ScoreChunk(1, [6, 7], 300, (0,))] * 16)
     assert engine.num_compilations == before
-
-
-def test_a_prompt_still_begins_at_a_block(engine_of):
-    engine = engine_of("gemma2_tiny")
-    [chunk] = chunks_of(engine, 0, random_tokens(9))
-    with pytest.raises(SequenceTooLong, match="a multiple of 256"):
-        list(engine.prefill([type(chunk)(0, chunk.token_ids, 1)]))
