@@ -313,10 +313,9 @@ class GemmaEngine:
             num_rows = min(bucket, self._options.num_slots)
             self.decode([DecodeRow(slot, 0, rules) for slot in range(num_rows)], 1).tokens()
         if self._joined:
-            for _ in range(2):  # the second one finds the arrays of its rules
-                row = DecodeRow(0, 0, replace(rules, num_logprobs=None))
-                other = PromptChunk(self._options.num_slots, [0], 0)
-                self.join([other], [row]).tokens()
+            # Of a score: beside one slot there may be no other.
+            prompt = PromptChunk(self._options.num_slots, [0], 0)
+            self.join([prompt], [DecodeRow(0, 0, rules)]).tokens()
         self._set_caches(self._searches.warm_up(self._states.caches))
         residual = np.zeros(self._config.hidden_dim, np.float32)
         self.measure([AskedPlace(residual, (0,), num_top=1)])
