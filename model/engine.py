@@ -30,6 +30,7 @@ from model.dispatch import DeviceDispatch, DispatchPart
 from model.engine_adapters import EngineAdapters
 from model.engine_programs import ProgramSet, row_buckets
 from model.errors import RequestInvalid, SequenceTooLong, TokenOutOfRange, UnsupportedPreset
+from model.finetune.engine_trainer import engine_trainer
 from model.gemma import kv_cache
 from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
@@ -193,6 +194,14 @@ class GemmaEngine:
         self._attributions = Attributions(
             self._config, self._weights, self._traits, self._programs, self._streams
         )
+        self._batches, self.trainer = engine_trainer(
+            self._config,
+            self._weights,
+            self._traits,
+            self._programs,
+            max_rank=options.adapter_max_rank if options.adapter_slots else 0,
+            is_native=kernels.is_native,
+        )
 
     @property
     def num_compilations(self) -> int:
@@ -258,6 +267,7 @@ class GemmaEngine:
             *self._streams.program_specs(),
             *self._bank.program_specs(),
             *self._attributions.program_specs(),
+            *(() if self._batches is None else self._batches.program_specs()),
         ]
         if self._joined:
             todo += self._joined.program_specs(self._states.tokens)
@@ -321,6 +331,8 @@ class GemmaEngine:
         self.measure([AskedPlace(residual, (0,), num_top=1)])
         self._streams.warm_up()
         self._attributions.warm_up()
+        if self.trainer is not None:
+            self.trainer.warm_up()
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""

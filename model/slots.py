@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from model.intervention_slots import StepIntervention, Touch
 from model.kernels.choice import KernelChoice
 from model.progress import Progress
+from model.training import Trainer
 
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 24
@@ -280,6 +281,10 @@ class Engine(Protocol):
 
     @property
     def codec(self) -> TextCodec: ...
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """Of adapters on this engine; None without slots for them."""
 
     @property
     def num_compilations(self) -> int:

@@ -16,7 +16,7 @@ Only the standard library is imported here, so that a fake trainer is a few line
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Schedule = Literal["constant", "linear", "cosine"]
 Layout = Literal["keras", "peft"]
@@ -54,7 +54,8 @@ class TrainingPlan:
         targets: Projections that are adapted.
         batch_size: Rows of a step.
         learning_rate: At its highest.
-        schedule: How it goes on after the warm-up: level, or down to 0 at the last step.
+        schedule: How it goes on after the warm-up: level, or down to 0, which it would
+            reach one step after the last.
         warmup_steps: In which it rises from 0.
         weight_decay: Of AdamW, multiplied by the learning rate.
         grad_clip: Greatest norm of the gradient of all pairs together; None: as it is.
@@ -151,6 +152,7 @@ class JobFailed:
 TrainingEvent = StepDone | EvalDone | JobDone | JobFailed
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """Trains adapters. The thread that calls its engine calls it."""
 

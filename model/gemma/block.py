@@ -28,6 +28,8 @@ from model.gemma.weights import BlockWeights
 
 Residual = Float[Array, "batch seq width"]
 Intervention = Callable[[Residual], Residual]
+# What a field of the weights makes of an input.
+Project = Callable[[str, Array], Array]
 
 
 class LayerTraits(NamedTuple):
@@ -69,6 +71,7 @@ def block(
     rows: SlotRows | PackedPrompts | SlotTokens | None = None,
     adapters: Mapping[str, AdapterTerm | BankTerm] | None = None,
     intervene: Intervention | None = None,
+    project: Project | None = None,
 ) -> tuple[Float[Array, "batch seq width"], LayerCache | None]:
     """The residual stream after this block, and the layer's cache if there is one.
 
@@ -86,6 +89,8 @@ def block(
             computed by the native kernel.
         adapters: Field of `BlockWeights` -> low-rank term of that projection.
         intervene: Applied to the residual stream after the block.
+        project: Takes the place of `projection` and ``adapters`` where products are kept or found
+            again (`model.finetune.kept_products`).
     """
     given = (padding_mask, sequences, rows)
     assert sum(each is not None for each in given) == 1, "a block needs one of them"
@@ -95,7 +100,7 @@ def block(
         return (x if intervene is None else intervene(x)), cache
     step = rows.step if isinstance(rows, SlotRows) else None
     normalized = rms_norm(x, weights.pre_attention_norm, epsilon=config.norm_epsilon)
-    project = partial(_project, weights, adapters, step)
+    project = project or partial(_project, weights, adapters, step)
     query, key, value = _query_key_value(config, weights, traits, normalized, positions, project)
     new_cache = None
     if rows is None:
@@ -126,9 +131,6 @@ def block(
     x = x + attended
     x = x + _feed_forward(config, weights, x, project)
     return (x if intervene is None else intervene(x)), new_cache
-
-
-Project = Callable[[str, Array], Array]
 
 
 def _project(
