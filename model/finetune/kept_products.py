@@ -116,7 +116,8 @@ def backward_from_kept(
 def _plain_product(x: Array, weight: Array) -> Array:
     """x · Wᵀ; written so, a CPU gives a row the same bits among 64 to 512."""
     made: Array = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
-    return jax.lax.optimization_barrier(made)
+    apart: Array = jax.lax.optimization_barrier(made)
+    return apart
 
 
 def _in_tiles(x: Array) -> Array:
@@ -138,7 +139,8 @@ def _with_pairs(made: Array, x: Array, pair: RowPairs, tiles: TileRows) -> Array
         return jnp.where(_is_own(pair, tiles), made + more.reshape(made.shape), made)
 
     changed: Array = jax.lax.cond(jnp.any(pair.is_used), added, lambda: made)
-    return jax.lax.optimization_barrier(changed)
+    apart: Array = jax.lax.optimization_barrier(changed)
+    return apart
 
 
 @jax.custom_vjp

@@ -52,10 +52,10 @@ class AdamW:
         """See `Optimizer`."""
         f = np.float32
         first = f(_BETA_1) * moments[0] + f(1 - _BETA_1) * gradient
-        second = f(_BETA_2) * moments[1] + f(1 - _BETA_2) * np.square(gradient)
+        second: Floats = f(_BETA_2) * moments[1] + f(1 - _BETA_2) * gradient * gradient
         mean = first / f(1 - _BETA_1**step)
-        root = np.sqrt(second / f(1 - _BETA_2**step))
-        change = mean / (root + f(_EPSILON)) + f(weight_decay) * weight
+        root: Floats = np.sqrt(second / f(1 - _BETA_2**step))
+        change: Floats = mean / (root + f(_EPSILON)) + f(weight_decay) * weight
         return weight - f(learning_rate) * change, (first, second)
 
 
