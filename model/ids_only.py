@@ -20,6 +20,16 @@ class IdsOnly:
         return None
 
     @property
+    def eos_id(self) -> None:
+        """Unknown."""
+        return None
+
+    @property
+    def turn_ids(self) -> None:
+        """Unknown."""
+        return None
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Unknown: a completion ends at the ids of the request, or at its length."""
         return ()

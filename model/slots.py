@@ -245,6 +245,14 @@ class TextCodec(Protocol):
         """The id before a text; None without a tokenizer, and then there is no text."""
 
     @property
+    def eos_id(self) -> int | None:
+        """The id behind a text; None without a tokenizer."""
+
+    @property
+    def turn_ids(self) -> tuple[int, int] | None:
+        """What opens and what closes a turn of a chat; None where the vocabulary lacks them."""
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a completion unless the request says otherwise."""
 
@@ -340,6 +348,40 @@ class Engine(Protocol):
 
     def put_adapter(self, slot: int, adapter: Adapter) -> None:
         """Gives slot 1 to ``info.adapter_slots`` to an adapter, after what was started before."""
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """Trains adapters of this model; None without a bank to serve them from."""
+
+    def open_adapter(self, content: bytes) -> Adapter:
+        """An adapter of the bytes that a trainer or `import_adapter` gave. Any thread may ask.
+
+        Raises:
+            PresetError: They are no such file, or do not fit the model or the bank.
+        """
+
+    def adapter_form(self, content: bytes) -> AdapterForm:
+        """What the adapter of such bytes is made of. Any thread may ask.
+
+        Raises:
+            PresetError: They are no such file, or do not fit the model.
+        """
+
+    def import_adapter(self, path: Path, format: AdapterLayout) -> bytes:
+        """The bytes of the adapter in a file of another library. Any thread may ask; it takes long.
+
+        Raises:
+            PresetError: It is no such file, or does not fit the model or the bank; the message says
+                what is wrong.
+        """
+
+    def export_adapter(self, content: bytes, path: Path, format: AdapterLayout) -> None:
+        """Writes an adapter as a file for another library. Any thread may ask; it takes long.
+
+        Raises:
+            PresetError: There is no such form of it; the message says what is wrong.
+            OSError: It cannot be written.
+        """
 
 
 EngineLoader = Callable[[EngineOptions, Progress], Engine]

@@ -5,6 +5,7 @@ import sentencepiece
 from model.errors import PresetFileInvalid
 
 _PAD, _EOS, _BOS = "<pad>", "<eos>", "<bos>"
+_START_OF_TURN = "<start_of_turn>"
 _END_OF_TURN = "<end_of_turn>"
 _WORD_BOUNDARY = "\u2581"
 
@@ -39,6 +40,7 @@ class Tokenizer:
         self.bos_id = self._special_id(_BOS)
         self.unk_id: int = processor.unk_id()
         self.end_of_turn_id = self._find(_END_OF_TURN)
+        self._start_of_turn_id = self._find(_START_OF_TURN)
         self._silent_ids = frozenset((self.pad_id, self.eos_id, self.bos_id))
         self._stops_at_end_of_turn = stops_at_end_of_turn
 
@@ -48,6 +50,13 @@ class Tokenizer:
         if self._stops_at_end_of_turn and self.end_of_turn_id is not None:
             return (self.eos_id, self.end_of_turn_id)
         return (self.eos_id,)
+
+    @property
+    def turn_ids(self) -> tuple[int, int] | None:
+        """What opens and what closes a turn of a chat, if the vocabulary has both."""
+        if self._start_of_turn_id is None or self.end_of_turn_id is None:
+            return None
+        return self._start_of_turn_id, self.end_of_turn_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos."""

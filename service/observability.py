@@ -189,7 +189,7 @@ class Metrics:
             self.first_token.labels(streaming)
         for phase in ("warmup", "serving"):
             self.compilations.labels(phase)
-        for work in ("prefill", "decode", "score"):
+        for work in ("prefill", "decode", "score", "train"):
             for use in ("request", "padding"):
                 self.computed_tokens.labels(work, use)
 

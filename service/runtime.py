@@ -169,7 +169,7 @@ class Service:
     def _count_work(self, work: WorkCounts) -> None:
         """What is new since the last heartbeat."""
         before, self._work_seen = self._work_seen, work
-        for kind in ("prefill", "decode", "score"):
+        for kind in ("prefill", "decode", "score", "train"):
             for use, suffix in (("request", ""), ("padding", "_padding")):
                 name = kind + suffix
                 new = getattr(work, name) - getattr(before, name)
@@ -285,6 +285,8 @@ def _load_command(settings: Settings, adapters: AdapterNames) -> Load:
         kernels=settings.kernels,
         adapter_slots=settings.adapter_slots,
         adapter_max_rank=settings.adapter_max_rank,
+        train_share=settings.train_share,
+        checkpoint_seconds=settings.checkpoint_seconds,
         adapters=tuple(
             AdapterSource(version.digest, str(version.path)) for version in adapters.versions
         ),

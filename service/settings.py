@@ -88,6 +88,18 @@ class Settings(BaseSettings):
         16, ge=0, le=256, description="Adapters in memory at once; 0 serves the base alone."
     )
     adapter_max_rank: int = Field(16, ge=1, le=64, description="Highest rank of an adapter.")
+    train_share: float = Field(
+        0.4,
+        ge=0,
+        le=0.9,
+        description="Share of the time that training gets while others are served.",
+    )
+    checkpoint_seconds: float = Field(
+        10.0,
+        ge=0,
+        le=3600,
+        description="Seconds of training after which a job is saved; a crash costs no more.",
+    )
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
     )

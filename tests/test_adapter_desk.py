@@ -8,6 +8,7 @@ from model.errors import AdapterUnfit
 from model.slots import EngineOptions
 from service.protocol.messages import AdapterCounts, AdapterSource
 from service.worker.adapter_desk import AdapterDesk
+from service.worker.adapter_store import AdapterStore
 from tests.fakes.arithmetic_engine import ArithmeticEngine
 
 
@@ -20,7 +21,7 @@ def desk_of(directory, *numbers, slots=2):
         digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
         sources.append(AdapterSource(digest, str(path)))
     engine = ArithmeticEngine(EngineOptions("x", 4, 64, directory, adapter_slots=slots))
-    return AdapterDesk(engine, sources), [source.digest for source in sources]
+    return AdapterDesk(engine, AdapterStore(sources)), [source.digest for source in sources]
 
 
 def use(desk, digest):
@@ -82,7 +83,7 @@ def test_a_claim_that_comes_to_nothing_leaves_its_slot(tmp_path):
 def test_at_the_start_every_file_is_read_and_as_many_as_fit_are_there(tmp_path):
     desk, digests = desk_of(tmp_path, 1, 2, 3)
     desk.open_all()
-    assert desk.digests == set(digests)
+    assert set(desk.store.digests) == set(digests)
     assert desk.counts == AdapterCounts(num_resident=2, num_loads=2)
     (tmp_path / "3.lora.h5").write_text("x")
     with pytest.raises(AdapterUnfit, match=r"3\.lora\.h5 has changed"):

@@ -31,6 +31,7 @@ from service.protocol.messages import (
     StopRules,
 )
 from service.worker.adapter_desk import AdapterDesk
+from service.worker.adapter_store import AdapterStore
 from service.worker.admission import Admission, AdmittedRequest, Refusal
 from service.worker.loop import Arrival, Loop, LoopStatus
 from service.worker.pace import Pace
@@ -98,12 +99,12 @@ class Worker:
     ) -> None:
         self.engine = RecordingEngine(prefix_cache_bytes, context_tokens)
         self.engine.joined_tokens = joined_tokens
-        desk = AdapterDesk(self.engine, adapters)
+        desk = AdapterDesk(self.engine, AdapterStore(adapters))
         self.admission = Admission(
             *(self.engine.info, self.engine.codec),
             max_requests=max_requests,
             max_tokens=max_tokens,
-            adapters=desk.digests,
+            adapters=desk.store,
         )
         self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self.frames: list[list[Event]] = []

@@ -11,20 +11,24 @@ from typing import Any
 import msgspec
 
 from service.protocol.messages import Command, Event
+from service.protocol.training import TrainingCommand, TrainingEvent
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 LENGTH_BYTES = 4
 
+AnyCommand = Command | TrainingCommand
+AnyEvent = Event | TrainingEvent
+
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(list[Command])
-_event_decoder = msgspec.msgpack.Decoder(list[Event])
+_command_decoder = msgspec.msgpack.Decoder(list[AnyCommand])
+_event_decoder = msgspec.msgpack.Decoder(list[AnyEvent])
 
 
 class ProtocolError(Exception):
     """The peer sent something that is not a frame of this protocol."""
 
 
-def encode(messages: Sequence[Command] | Sequence[Event]) -> bytes:
+def encode(messages: Sequence[AnyCommand] | Sequence[AnyEvent]) -> bytes:
     """One frame.
 
     Raises:
@@ -48,15 +52,15 @@ def body_length(prefix: bytes) -> int:
     return length
 
 
-def decode_commands(body: bytes) -> list[Command]:
+def decode_commands(body: bytes) -> list[AnyCommand]:
     """The commands of one frame; raises `ProtocolError` if it holds anything else."""
-    commands: list[Command] = _decode(_command_decoder, body)
+    commands: list[AnyCommand] = _decode(_command_decoder, body)
     return commands
 
 
-def decode_events(body: bytes) -> list[Event]:
+def decode_events(body: bytes) -> list[AnyEvent]:
     """The events of one frame; raises `ProtocolError` if it holds anything else."""
-    events: list[Event] = _decode(_event_decoder, body)
+    events: list[AnyEvent] = _decode(_event_decoder, body)
     return events
 
 

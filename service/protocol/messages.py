@@ -138,6 +138,8 @@ class Load(Message, frozen=True):
         adapter_slots: Adapters that may be used at once; none: there is no bank for them.
         adapter_max_rank: That an adapter may have.
         adapters: Versions that requests may name, read before the worker is ready.
+        train_share: Share of the time that jobs get while others are served, in [0, 1].
+        checkpoint_seconds: Of training that may be lost with the worker.
     """
 
     engine: str
@@ -152,6 +154,8 @@ class Load(Message, frozen=True):
     adapter_slots: int = 0
     adapter_max_rank: int = 16
     adapters: tuple[AdapterSource, ...] = ()
+    train_share: float = 0.4
+    checkpoint_seconds: float = 10.0
 
 
 class Generate(Message, frozen=True):
@@ -515,6 +519,8 @@ class WorkCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_padding: int = 0
     score: int = 0
     score_padding: int = 0
+    train: int = 0
+    train_padding: int = 0
 
 
 class AdapterCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -523,6 +529,22 @@ class AdapterCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_resident: int = 0
     num_loads: int = 0
     num_evictions: int = 0
+
+
+class TrainingCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Jobs, and what was done for them since the worker started.
+
+    Attributes:
+        num_running: Jobs that train, or are about to.
+        num_paused: Jobs that cannot write their checkpoint.
+        num_steps: Of the optimizer, of all jobs.
+        seconds: That the loop trained.
+    """
+
+    num_running: int = 0
+    num_paused: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
 
 
 class Heartbeat(Message, frozen=True):
@@ -540,6 +562,7 @@ class Heartbeat(Message, frozen=True):
         num_scoring: Requests of scores that are being read.
         num_scores_waiting: Those admitted of which nothing has been read.
         adapters: Of the bank.
+        training: Of all jobs.
     """
 
     turn: int
@@ -553,6 +576,7 @@ class Heartbeat(Message, frozen=True):
     num_scoring: int = 0
     num_scores_waiting: int = 0
     adapters: AdapterCounts = AdapterCounts()
+    training: TrainingCounts = TrainingCounts()
 
 
 Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Scored | Failed | Heartbeat

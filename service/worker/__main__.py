@@ -22,10 +22,9 @@ import time
 from model.attribution_questions import AttributionEngine, AttributionEngineLoader
 from model.errors import KernelsUnavailable, ModelError, PresetError, SelfTestFailed
 from service.logs import log_to_stderr
-from service.protocol.framing import ProtocolError
+from service.protocol.framing import AnyCommand, ProtocolError
 from service.protocol.messages import (
     Cancel,
-    Command,
     Failed,
     Generate,
     Heartbeat,
@@ -37,11 +36,15 @@ from service.protocol.messages import (
 )
 from service.worker import translate
 from service.worker.adapter_desk import AdapterDesk
+from service.worker.adapter_store import AdapterStore
 from service.worker.admission import Admission, AdmittedRequest, Refusal
 from service.worker.channel import ConnectionClosed, Writer, read_frame
-from service.worker.loop import Arrival, Loop, LoopStatus
+from service.worker.loop import Arrival, Loop
+from service.worker.loop_status import LoopStatus
 from service.worker.parent import die_with_parent
 from service.worker.score_request import ScoreRequest
+from service.worker.training_room import TrainingRoom
+from service.worker.work_done import WorkDone
 
 _HEARTBEAT_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
@@ -61,6 +64,7 @@ class Worker:
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._admission: Admission | None = None
         self._engine: AttributionEngine | None = None
+        self._training: TrainingRoom | None = None
         self._last_progress: tuple[str, float] = ("", 0.0)
 
     def run(self) -> int:
@@ -70,7 +74,7 @@ class Worker:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
             engine = self._load(load)
-            adapters = AdapterDesk(engine, load.adapters)
+            adapters = AdapterDesk(engine, AdapterStore(load.adapters))
             adapters.open_all()
         except (PresetError, SelfTestFailed, KernelsUnavailable) as error:
             return self._refuse_to_load(str(error), is_permanent=True)
@@ -84,12 +88,23 @@ class Worker:
             engine.codec,
             max_requests=load.max_queued_requests,
             max_tokens=load.max_queued_tokens,
-            adapters=adapters.digests,
+            adapters=adapters.store,
+        )
+        work = WorkDone(engine.info.buckets)
+        self._training = TrainingRoom(
+            engine,
+            adapters.store,
+            self._arrivals.put,
+            self._writer.send,
+            work,
+            train_share=load.train_share,
+            checkpoint_seconds=load.checkpoint_seconds,
         )
         self._writer.send([Ready(translate.server_info(engine.info), engine.num_compilations)])
         arguments = (engine, self._admission, self._arrivals, self._writer.send, self._status)
         try:
-            Loop(*arguments, adapters=adapters).run()
+            turns = self._training.turns
+            Loop(*arguments, adapters=adapters, training=turns, work=work).run()
         except Exception:
             # The caches may be gone with the failed step, so a fresh process is the way back.
             log.exception("the loop failed")
@@ -132,7 +147,7 @@ class Worker:
             log.exception("the reader failed")
             os._exit(_EXIT_BUG)
 
-    def _handle(self, command: Command) -> None:
+    def _handle(self, command: AnyCommand) -> None:
         match command:
             case Generate() | Score():
                 self._admit(command)
@@ -140,6 +155,10 @@ class Worker:
                 self._arrivals.put(command)
             case Load():
                 raise ProtocolError("A worker loads once.")
+            case _:
+                if self._training is None:
+                    raise ProtocolError("Jobs and versions come when the worker is ready.")
+                self._training.take(command)
 
     def _admit(self, command: Generate | Score) -> None:
         """Answers with Accepted or Failed at once, however long the loop's step is."""
@@ -182,6 +201,7 @@ class Worker:
                 num_scoring=self._status.num_scoring,
                 num_scores_waiting=0 if admission is None else admission.num_scores_waiting,
                 adapters=self._status.adapters,
+                training=self._status.training,
             )
             self._writer.send_if_room([beat])
             time.sleep(_HEARTBEAT_SECONDS)

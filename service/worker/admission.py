@@ -6,6 +6,7 @@ the step that runs meanwhile.
 
 import threading
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import msgspec
@@ -70,6 +71,11 @@ class AdmittedRequest:
         return rows + [search.row for search in self.searches]
 
     @property
+    def adapter(self) -> str | None:
+        """Digest of the version that all of its rows use; None: the base."""
+        return self.rows[0].adapter
+
+    @property
     def has_tokens(self) -> bool:
         """Whether there is something to give if it is cut."""
         return self.first_token_at is not None or any(each.has_tokens for each in self.searches)
@@ -110,7 +116,7 @@ class Admission:
         codec: Of the engine.
         max_requests: Requests that may wait for a slot.
         max_tokens: Prompt tokens that may wait for a slot.
-        adapters: Digests of the adapter versions that may be asked for.
+        adapters: Holds the digests of the adapter versions that may be asked for.
     """
 
     def __init__(
@@ -120,7 +126,7 @@ class Admission:
         *,
         max_requests: int,
         max_tokens: int,
-        adapters: frozenset[str] = frozenset(),
+        adapters: Container[str] = (),
     ) -> None:
         self._adapters = adapters
         self._prefix_keys = PrefixKeys(info.preset_digest, info.chunk_tokens)

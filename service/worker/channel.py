@@ -3,9 +3,10 @@
 import queue
 import socket
 import threading
+from collections.abc import Sequence
 
 from service.protocol import framing
-from service.protocol.messages import Command, Event
+from service.protocol.framing import AnyCommand, AnyEvent
 
 # Frames that may wait for the API process to read them. It always reads, so a full buffer means
 # that it hangs; the loop then waits, and the supervisor's heartbeat goes stale.
@@ -16,7 +17,7 @@ class ConnectionClosed(Exception):
     """The API process is gone."""
 
 
-def read_frame(connection: socket.socket) -> list[Command]:
+def read_frame(connection: socket.socket) -> list[AnyCommand]:
     """The commands of the next frame; waits for it.
 
     Raises:
@@ -49,11 +50,11 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def send(self, events: list[Event]) -> None:
+    def send(self, events: Sequence[AnyEvent]) -> None:
         """Queues one frame."""
         self._frames.put(framing.encode(events))
 
-    def send_if_room(self, events: list[Event]) -> None:
+    def send_if_room(self, events: Sequence[AnyEvent]) -> None:
         """Queues one frame that may be lost, such as a heartbeat, unless the buffer is full."""
         try:
             self._frames.put_nowait(framing.encode(events))

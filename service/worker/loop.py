@@ -6,7 +6,7 @@ One turn:
 2. end what is cancelled or past its deadline;
 3. give free slots to waiting rows;
 4. do one action of the scheduler: part of a prefill chunk, a copy, a dispatch of decode steps, a
-   step of a search, or part of what is scored;
+   step of a search, part of what is scored, or slices of training;
 5. send everything that the turn made in one frame.
 
 While nothing waits, a dispatch is read after the next one has been started, so that the device does
@@ -24,20 +24,20 @@ from model.attribution_questions import AttributionEngine
 from model.errors import ModelError
 from model.slots import Dispatch, PromptChunk, SampledToken
 from service.protocol.messages import (
-    AdapterCounts,
     Cancel,
     Event,
     Failed,
     Finished,
     FinishReason,
-    Phase,
     Piece,
     Timings,
-    WorkCounts,
 )
+from service.protocol.training import ForgetAdapter, TrainingEvent
 from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
+from service.worker.adapter_store import AdapterStore
 from service.worker.admission import Admission, AdmittedRequest
 from service.worker.completion import Completion
+from service.worker.loop_status import LoopStatus
 from service.worker.pace import Pace
 from service.worker.paused_prefill import PausedPrefill
 from service.worker.scheduler import (
@@ -56,15 +56,17 @@ from service.worker.scheduler import (
     Scheduler,
     Search,
     Spread,
+    Train,
 )
 from service.worker.score_desk import ScoreDesk
 from service.worker.score_request import ScoreRequest
 from service.worker.search import SearchRun
+from service.worker.training_turns import TrainingArrival, TrainingTurns
 from service.worker.work_done import WorkDone
 
 log = logging.getLogger(__name__)
 
-Arrival = AdmittedRequest | ScoreRequest | Cancel
+Arrival = AdmittedRequest | ScoreRequest | Cancel | ForgetAdapter | TrainingArrival
 # Bounds how late a deadline is noticed while nothing else happens.
 _IDLE_WAIT_SECONDS = 0.2
 
@@ -74,28 +76,6 @@ class _Unread(NamedTuple):
 
     dispatch: Dispatch
     completions: Sequence[Completion]
-
-
-class LoopStatus:
-    """What the loop is doing, for the heartbeat's thread to read."""
-
-    def __init__(self) -> None:
-        self.turn = 0
-        self.num_running = 0
-        self.num_scoring = 0
-        self.work = WorkCounts()
-        self.adapters = AdapterCounts()
-        self._phase: tuple[Phase, float] = ("start", time.monotonic())
-
-    @property
-    def phase(self) -> tuple[Phase, float]:
-        """The phase and the monotonic second at which it began."""
-        return self._phase
-
-    def enter(self, phase: Phase) -> None:
-        """Begins a phase; entering the same one again is progress too."""
-        self._phase = (phase, time.monotonic())
-        self.turn += 1
 
 
 class Loop:
@@ -109,6 +89,8 @@ class Loop:
         status: Read by the heartbeat.
         pace: How long a turn may take.
         adapters: None: there are none.
+        training: None: nothing trains.
+        work: Counts tokens, of training too.
     """
 
     def __init__(
@@ -116,13 +98,16 @@ class Loop:
         engine: AttributionEngine,
         admission: Admission,
         arrivals: "queue.SimpleQueue[Arrival]",
-        send: Callable[[list[Event]], None],
+        send: Callable[[list[Event | TrainingEvent]], None],
         status: LoopStatus,
         pace: Pace | None = None,
         adapters: AdapterDesk | None = None,
+        training: TrainingTurns | None = None,
+        work: WorkDone | None = None,
     ) -> None:
         self._engine = engine
-        self._adapters = adapters or AdapterDesk(engine)
+        self._adapters = adapters or AdapterDesk(engine, AdapterStore())
+        self._training = training or TrainingTurns()
         self._admission = admission
         self._arrivals = arrivals
         self._send = send
@@ -137,14 +122,14 @@ class Loop:
         )
         self._scheduler = Scheduler(info.num_slots, limits, keeps_prefixes=info.keeps_prefixes)
         self._pace = pace or Pace()
-        self._work = WorkDone(info.buckets)
+        self._work = work or WorkDone(info.buckets)
         self._prefill = PausedPrefill(engine)
         self._scores = ScoreDesk(engine, admission, self._work, self._adapters)
         self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
         self._completions: dict[RowKey, Completion] = {}
         self._searches: dict[RowKey, SearchRun] = {}
-        self._events: list[Event] = []
+        self._events: list[Event | TrainingEvent] = []
 
     def run(self) -> None:
         """Turns for ever; the process ends when the reader sees the API process go."""
@@ -155,12 +140,16 @@ class Loop:
         """One turn; see the module."""
         self._take_arrivals()
         self._end_expired(time.monotonic())
+        self._training.retry()
         self._scheduler.has_scores = self._scores.has_work
+        self._scheduler.has_training = self._training.has_work
         if self._scheduler.is_pressed:
             # What is read may end rows, so before it is said who is next.
             self._read()
+        self._adapters.begin_round(None)
         for row in self._scheduler.start_waiting(lambda row: self._adapters.claim(row.adapter)):
             self._start(row)
+        self._scheduler.is_training_due = self._training.is_due
         action = self._scheduler.next_action()
         # Not by what admission counts: it also counts what has not been taken in yet.
         self._status.num_running = sum(
@@ -169,9 +158,12 @@ class Loop:
         self._status.num_scoring = self._scores.num_running
         if not isinstance(action, Idle):
             self._status.enter("step")
+        began, has_others = time.monotonic(), self._scheduler.has_others
         self._do(action)
+        self._training.note_turn(action, time.monotonic() - began, has_others=has_others)
         self._status.work = self._work.counts
         self._status.adapters = self._adapters.counts
+        self._status.training = self._training.counts
         self._flush()
 
     def _do(self, action: Action) -> None:
@@ -192,12 +184,14 @@ class Loop:
                 self._search(action)
             case ReadScores():
                 self._read_scores()
+            case Train():
+                self._train()
             case Idle():
                 self._read()
 
     def _take_arrivals(self) -> None:
         """Everything that has arrived; waits a moment if there is nothing else to do."""
-        if not (self._requests or self._scores.has_work):
+        if not (self._requests or self._scores.has_work or self._training.has_work):
             self._status.enter("idle")
             try:
                 self._take(self._arrivals.get(timeout=_IDLE_WAIT_SECONDS))
@@ -215,8 +209,16 @@ class Loop:
             return
         if isinstance(arrival, ScoreRequest):
             self._scores.submit(arrival)
-            return
+        elif isinstance(arrival, AdmittedRequest):
+            self._submit(arrival)
+        elif isinstance(arrival, ForgetAdapter):
+            self._adapters.drop_forgotten(arrival.digest)
+        else:
+            self._events += self._training.take(arrival)
+
+    def _submit(self, arrival: AdmittedRequest) -> None:
         self._requests[arrival.request_id] = arrival
+        self._adapters.hold(arrival.adapter)
         for completion in arrival.completions:
             self._completions[completion.row.key] = completion
         for search in arrival.searches:
@@ -247,7 +249,7 @@ class Loop:
             row.adapter_slot = self._adapters.slot(row.adapter)
         except ModelError as error:
             log.error("%s", error)
-            self._fail(request, "internal", ADAPTER_GONE)
+            self._fail(request, *ADAPTER_GONE)
             return
         if request.started_at is None:
             request.started_at = time.monotonic()
@@ -332,6 +334,15 @@ class Loop:
         is_accompanied = self._scheduler.num_decoding > 0
         until = time.monotonic() + self._pace.score_seconds(is_accompanied=is_accompanied)
         self._events += self._scores.step(until)
+
+    def _train(self) -> None:
+        """A step of the others follows."""
+        self._flush()
+        self._events += self._training.train(
+            self._pace,
+            has_others=self._scheduler.has_others,
+            is_accompanied=self._scheduler.num_decoding > 0,
+        )
 
     def _search(self, action: Search) -> None:
         search = self._searches[action.row.key]
@@ -453,6 +464,7 @@ class Loop:
             self._completions.pop(row.key, None)
             if search := self._searches.pop(row.key, None):
                 search.close(self._engine)
+        self._adapters.let_go(request.adapter)
 
     def _leave(self, row: Row) -> None:
         """Gives back the slot of a row, and its adapter's, if it has them. May be called twice."""

@@ -44,6 +44,14 @@ class Pace:
             return _PREFILL_STEPS * self._step_seconds
         return _PREFILL_SECONDS
 
+    def training_seconds(self, per_step: float, *, is_accompanied: bool) -> float:
+        """The same for slices of training, which may take ``per_step`` of a step if that is more
+        than what streams hardly notice.
+        """
+        if is_accompanied and self._step_seconds is not None:
+            return max(_SCORE_STEPS, per_step) * self._step_seconds
+        return _PREFILL_SECONDS
+
     def score_seconds(self, *, is_accompanied: bool) -> float:
         """The same for a part of a text that is scored."""
         if is_accompanied and self._step_seconds is not None:

@@ -6,7 +6,8 @@ with all other rows that do, and gives its slot back::
     submit -> waiting -> (slot) looking up -> prefilling -> decoding -> remove
 
 Who gets a slot next is told in `service.worker.waiting`. A row may need an adapter beside its slot;
-while there is no room for that one, it waits at the head of the line.
+while there is no room for that one, it waits, and those behind that need another one or none may
+pass (`service.worker.adapter_desk` says how long).
 
 While rows decode, parts of a chunk and decode steps take turns, so a long prompt delays a running
 stream by one part at a time and never by its whole length. How long a part is, the caller decides:
@@ -28,13 +29,14 @@ at once. From then on every step is a dispatch of its own::
     submit -> waiting -> (slots) looking up -> prefilling -> spread -> searching -> remove
 
 Parts of chunks, decode steps and steps of searches take turns, and so do several searches among
-themselves: nobody waits for more than one turn of another kind. Scores need no slot of these; the
-scheduler only knows whether there are any, and gives them their turns, never two parts, of prompts
-or of scores, without a step between them.
+themselves: nobody waits for more than one turn of another kind. Scores and training need no slot of
+these; the scheduler only knows whether there are any, and gives them their turns, never two parts,
+of prompts, of scores or of training, without a step between them. Training has turns only as far as
+it is due, or when nobody else wants them.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -173,11 +175,16 @@ class ReadScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Train:
+    """Some slices of training."""
+
+
+@dataclass(frozen=True, slots=True)
 class Idle:
     """Nothing to do until something is submitted."""
 
 
-Action = LookUp | Prefill | Join | Copy | Spread | Decode | Search | ReadScores | Idle
+Action = LookUp | Prefill | Join | Copy | Spread | Decode | Search | ReadScores | Train | Idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +206,12 @@ class PrefillLimits:
     joined_rows: int = 0
 
 
-# Who is next, after whose turn. Of prompts and scores, those go first who did not last time.
-_TURNS_AFTER: dict[type, tuple[type, ...]] = {
-    Prefill: (Decode, Search, ReadScores, Prefill),
-    ReadScores: (Decode, Search, Prefill, ReadScores),
-    Decode: (Search, Prefill, ReadScores, Decode),
-    Search: (Prefill, ReadScores, Decode, Search),
-}
+_Turn = type[Prefill | Decode | Search | ReadScores | Train]
+_Part = type[Prefill | ReadScores | Train]
+
+
+def _adapter_of(row: "Row") -> Hashable:
+    return row.adapter
 
 
 class Scheduler:
@@ -218,6 +224,8 @@ class Scheduler:
 
     Attributes:
         has_scores: Whether anything is to be scored; set by the caller.
+        has_training: Whether a job trains; set by the caller.
+        is_training_due: Whether it is its turn even while others wait; set by the caller.
     """
 
     def __init__(
@@ -226,12 +234,14 @@ class Scheduler:
         self._limits = limits
         self._keeps_prefixes = keeps_prefixes
         self._free_slots = deque(range(num_slots))
-        self._waiting: WaitingLine[Row] = WaitingLine()
+        self._waiting: WaitingLine[Row] = WaitingLine(_adapter_of)
         self._running: list[Row] = []
-        # Whose turn it was: of chunks, steps or searches.
-        self._last_turn: type[Prefill | Decode | Search | ReadScores] = Search
-        self._last_part: type[Prefill | ReadScores] = ReadScores
+        self._last_turn: _Turn = Search
+        # What pauses for steps; whose turn is longest ago comes first.
+        self._parts: list[_Part] = [Prefill, ReadScores, Train]
         self.has_scores = False
+        self.has_training = False
+        self.is_training_due = False
         self._num_search_turns = 0
         # Begun and not recorded yet.
         self._chunks: Prefill | None = None
@@ -246,7 +256,12 @@ class Scheduler:
     def is_pressed(self) -> bool:
         """Whether anything waits for a slot, for its prefill or for a turn of its own."""
         waits = (row.is_search or not row.is_prefilled for row in self._running)
-        return bool(self._waiting) or self.has_scores or any(waits)
+        return bool(self._waiting) or self.has_scores or self.has_training or any(waits)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether anybody but training wants a turn."""
+        return bool(self._running) or self.has_scores
 
     @property
     def num_decoding(self) -> int:
@@ -260,17 +275,21 @@ class Scheduler:
     def start_waiting(self, claim: Callable[[Row], bool] = lambda _row: True) -> list[Row]:
         """Gives free slots to the rows that are next; returns those that got theirs.
 
-        A search takes all of its slots or none, and nobody behind it passes it; nor anyone whose
-        adapter cannot be there yet.
+        A search takes all of its slots or none, and nobody behind it passes it. One whose adapter
+        cannot be there yet is passed by those with others.
 
         Args:
             claim: Takes whatever else the row needs, or says False.
         """
         started = []
-        while row := self._waiting.peek():
-            if row.num_slots > len(self._free_slots) or not claim(row):
+        blocked: set[Hashable] = set()
+        while row := self._waiting.peek(blocked):
+            if row.num_slots > len(self._free_slots):
                 break
-            self._waiting.pop()
+            if not claim(row):
+                blocked.add(row.adapter)
+                continue
+            self._waiting.pop(blocked)
             row.slot, *more = (self._free_slots.popleft() for _ in range(row.num_slots))
             row.more_slots = tuple(more)
             row.is_looked_up = not (
@@ -292,22 +311,23 @@ class Scheduler:
             Decode: bool(decoding),
             Search: bool(searching),
             ReadScores: self.has_scores,
+            Train: self.has_training and (self.is_training_due or not self.has_others),
         }
-        turn = next((kind for kind in _TURNS_AFTER[self._last_turn] if waits[kind]), None)
-        if turn is Prefill and self.has_scores and self._last_part is Prefill:
-            turn = ReadScores
+        turn = next((kind for kind in self._turns() if waits[kind]), None)
         if turn is ReadScores:
-            self._last_turn = self._last_part = ReadScores
+            self._had_part(ReadScores)
             return ReadScores()
+        if turn is Train:
+            self._had_part(Train)
+            return Train()
         if turn is Prefill:
             if self._chunks is None and not prefilling[0].is_looked_up:
                 return LookUp(prefilling[0])
-            self._last_part = Prefill
+            self._had_part(Prefill)
             if self._chunks is None and self._may_join(prefilling, decoding):
                 # It is a step too.
                 self._last_turn = Decode
                 return self._next_join(prefilling, decoding)
-            self._last_turn = Prefill
             self._chunks = self._chunks or self._next_chunks(prefilling)
             return self._chunks
         if turn is Search:
@@ -364,6 +384,19 @@ class Scheduler:
         most = self._limits.joined_tokens
         self._copy_sources = []
         return Join(self._packed([prefilling[0], *others], most, most), decoding)
+
+    def _turns(self) -> "list[_Turn]":
+        """Who is next, whoever waits. A part follows a step, and a step a part."""
+        if self._last_turn is Decode:
+            return [Search, *self._parts, Decode]
+        if self._last_turn is Search:
+            return [*self._parts, Decode, Search]
+        return [Decode, Search, *self._parts]
+
+    def _had_part(self, part: _Part) -> None:
+        self._last_turn = part
+        self._parts.remove(part)
+        self._parts.append(part)
 
     def _next_chunks(self, prefilling: list[Row]) -> Prefill:
         """The next chunk of the first row, with the last chunks of others that fit beside it."""

@@ -78,7 +78,9 @@ class ScoreDesk:
         self._work = work
         self._adapters = adapters
         self._clock = clock
-        self._line = ScoreLine(SCORE_SLOTS, limits, adapters.claim, adapters.release)
+        self._line = ScoreLine(
+            SCORE_SLOTS, limits, lambda digest: adapters.claim(digest, self), adapters.release
+        )
         self._requests: dict[str, ScoreRequest] = {}
         self._places: deque[_Place] = deque()
         self._reading: Reading | None = None
@@ -102,6 +104,7 @@ class ScoreDesk:
     def submit(self, request: ScoreRequest) -> None:
         """Lets a request wait for its turn."""
         self._requests[request.request_id] = request
+        self._adapters.hold(request.adapter)
         self._line.submit(request.passages)
         self._attributions.submit(request.attributions)
 
@@ -152,6 +155,7 @@ class ScoreDesk:
         chunks: list[ScoreChunk] = []
         num_captures: list[int] = []
         events: list[Event] = []
+        self._adapters.begin_round(self)
         for placed in self._line.next_reading().pieces:
             passage, slot, piece = placed
             request = self._requests.get(passage.key.request_id)
@@ -161,7 +165,7 @@ class ScoreDesk:
                 adapter = self._adapters.slot(passage.adapter)
             except ModelError as error:
                 log.error("%s", error)
-                events.append(self._fail(request, "internal", ADAPTER_GONE))
+                events.append(self._fail(request, *ADAPTER_GONE))
                 continue
             if passage.num_read == 0:
                 self._admission.started(passage.key)
@@ -280,6 +284,9 @@ class ScoreDesk:
         for job in request.attributions:
             self._attributions.remove(job)
             self._admission.started(job.key)
+        self._adapters.let_go(request.adapter)
+        # Nobody may be left in line.
+        self._adapters.begin_round(self)
         self._places = deque(place for place in self._places if place.request is not request)
         if not self._requests:
             # Nobody is left who would want what is being read.

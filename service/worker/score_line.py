@@ -14,11 +14,11 @@ number of such passages of a chunk may have one after another. A long passage ke
 slots until it has been read, so a few at most are half read. Short and long ones take turns, and so
 do the long ones among themselves: nobody waits for all of a long text. Within each kind
 `service.worker.waiting` says who is next. A passage that needs an adapter claims it before its
-first piece; while it cannot, those behind it wait too.
+first piece; while it cannot, those behind it that need another one or none may pass.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -149,6 +149,10 @@ class _Room:
             self.num_pieces -= 1
 
 
+def _adapter_of(passage: Passage) -> Hashable:
+    return passage.adapter
+
+
 class ScoreLine:
     """Passages that wait, and those that are half read.
 
@@ -171,8 +175,10 @@ class ScoreLine:
         self._claim = claim
         self._release = release
         self._free_slots = deque(range(_SHORT_SLOT + 1, num_slots))
-        self._short: WaitingLine[Passage] = WaitingLine()
-        self._long: WaitingLine[Passage] = WaitingLine()
+        self._short: WaitingLine[Passage] = WaitingLine(_adapter_of)
+        self._long: WaitingLine[Passage] = WaitingLine(_adapter_of)
+        # Adapters that cannot be claimed in this chunk.
+        self._blocked: set[Hashable] = set()
         self._half_read: list[Passage] = []
         self._num_turns = 0
         self._was_short_turn = False
@@ -192,6 +198,7 @@ class ScoreLine:
 
         Short passages that are in it wait no more.
         """
+        self._blocked.clear()
         self._start_long()
         room = _Room(self._limits.packed_tokens, self._limits.packed_prompts)
         self._num_turns += 1
@@ -230,10 +237,10 @@ class ScoreLine:
         )
 
     def _start_long(self) -> None:
-        while self._free_slots and (waiting := self._long.peek()):
+        while self._free_slots and (waiting := self._long.peek(self._blocked)):
             if not self._has_claimed(waiting):
-                return
-            passage = self._long.pop()
+                continue
+            passage = self._long.pop(self._blocked)
             passage.slot = self._free_slots.popleft()
             passage.newest_turn = self._num_turns
             self._half_read.append(passage)
@@ -247,15 +254,20 @@ class ScoreLine:
             room.take_of(passage, passage.slot)
 
     def _take_short(self, room: _Room) -> None:
-        while passage := self._short.peek():
+        while passage := self._short.peek(self._blocked):
             fits = passage.cost_tokens <= room.num_tokens
-            if not fits or len(passage.pieces) > room.num_pieces or not self._has_claimed(passage):
+            if not fits or len(passage.pieces) > room.num_pieces:
                 return
-            self._short.pop()
+            if not self._has_claimed(passage):
+                continue
+            self._short.pop(self._blocked)
             room.take_of(passage, _SHORT_SLOT)
 
     def _has_claimed(self, passage: Passage) -> bool:
+        """Or its lane is blocked."""
         passage.has_claim = self._claim(passage.adapter)
+        if not passage.has_claim:
+            self._blocked.add(passage.adapter)
         return passage.has_claim
 
     def _leave(self, passage: Passage) -> None:

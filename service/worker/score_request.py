@@ -48,6 +48,7 @@ class ScoreRequest:
     ) -> None:
         self.request_id = command.request_id
         self.deadline = command.deadline
+        self.adapter = command.adapter
         self.num_top = command.num_top
         self.wants_logits = command.tells_logits
         self.started_at: float | None = None

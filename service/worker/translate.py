@@ -7,7 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from model.errors import ModelError, RequestInvalid, SequenceTooLong, TokenOutOfRange
-from model.slots import EngineInfo, EngineOptions, SampledToken, Sampling, TextCodec
+from model.slots import (
+    AdapterForm,
+    EngineInfo,
+    EngineOptions,
+    SampledToken,
+    Sampling,
+    TextCodec,
+)
 from service.protocol.messages import (
     Load,
     SamplingParameters,
@@ -16,6 +23,7 @@ from service.protocol.messages import (
     TokenLogprob,
     TokenLogprobs,
 )
+from service.protocol.training import Form
 
 _SEED_LIMIT = 2**32
 
@@ -39,6 +47,11 @@ def server_info(info: EngineInfo) -> ServerInfo:
     if info.self_test is not None:
         shown["self_test"] = SelfTest(**asdict(info.self_test))
     return ServerInfo(**shown)
+
+
+def form_of(form: AdapterForm) -> Form:
+    """What an adapter is made of, as it is told."""
+    return Form(form.layout, form.rank, form.alpha, form.targets)
 
 
 def sampling_of_output(parameters: SamplingParameters, output: int) -> Sampling:

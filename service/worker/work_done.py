@@ -18,6 +18,7 @@ class WorkDone:
         self._chunk_buckets = buckets.get("prefill_tokens", ())
         self._prefill = self._prefill_padding = self._decode = self._decode_padding = 0
         self._score = self._score_padding = 0
+        self._train = self._train_padding = 0
 
     @property
     def counts(self) -> WorkCounts:
@@ -29,6 +30,8 @@ class WorkDone:
             self._decode_padding,
             self._score,
             self._score_padding,
+            self._train,
+            self._train_padding,
         )
 
     def note_prefill(self, num_tokens: int) -> None:
@@ -50,6 +53,11 @@ class WorkDone:
         """A text that is attributed, each of the times that it goes through the model."""
         self._score += num_tokens
         self._score_padding += num_padding
+
+    def note_training(self, num_tokens: int, num_padding: int) -> None:
+        """A step of a job."""
+        self._train += num_tokens
+        self._train_padding += num_padding
 
     def note_decode(self, num_rows: int, num_steps: int) -> None:
         """A dispatch; rows that end before its last step count as padding nowhere."""

@@ -10,7 +10,8 @@ spaces: "1 2 3". Token 0 is bos and adds nothing to a sum; token 999 is eos. Wha
 that, `tests.fakes.arithmetic_stream` says.
 
 A temperature above 0 adds the seed to the sum, so that a draw depends on its seed. An adapter is a
-file that holds a number, which is added to every sum of whoever uses it.
+file that holds a number, which is added to every sum of whoever uses it; how one is trained,
+`tests.fakes.arithmetic_trainer` says.
 
 Like the real engine it keeps nothing but what is in its slots. Environment variables make it
 misbehave for a test: see `load`.
@@ -38,10 +39,12 @@ from tests.fakes.arithmetic_attributions import NUM_LAYERS, WIDTH, ArithmeticAtt
 from tests.fakes.arithmetic_scores import ArithmeticScores
 from tests.fakes.arithmetic_search import ArithmeticSearches
 from tests.fakes.arithmetic_stream import embedded, stream, touching
+from tests.fakes.arithmetic_trainer import ArithmeticAdapters, ArithmeticTrainer
 
 VOCABULARY_SIZE = 1000
 BOS_ID = 0
 EOS_ID = 999
+TURN_IDS = (997, 998)
 CHUNK_TOKENS = 4
 
 
@@ -54,6 +57,8 @@ class NumberCodec:
 
     vocabulary_size = VOCABULARY_SIZE
     bos_id = BOS_ID
+    eos_id = EOS_ID
+    turn_ids = TURN_IDS
     stop_ids = (EOS_ID,)
 
     def encode(self, text: str) -> list[int]:
@@ -66,7 +71,9 @@ class NumberCodec:
         return b"" if token_id in (BOS_ID, EOS_ID) else self.piece(token_id).encode()
 
 
-class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributions):
+class ArithmeticEngine(
+    ArithmeticSearches, ArithmeticScores, ArithmeticAttributions, ArithmeticAdapters
+):
     """See the module."""
 
     codec = NumberCodec()
@@ -84,6 +91,7 @@ class ArithmeticEngine(ArithmeticSearches, ArithmeticScores, ArithmeticAttributi
         self._added = [0] * options.num_slots
         self.joined_tokens = int(os.environ.get("ARITHMETIC_JOINED_TOKENS", "0"))
         self._step_seconds = float(os.environ.get("ARITHMETIC_STEP_SECONDS", "0"))
+        self.trainer = ArithmeticTrainer() if options.adapter_slots else None
         self.hidden_slots: set[int] = set()
         self.num_compilations = 0
         self._has_prefilled_once = False

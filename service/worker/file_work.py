@@ -1,0 +1,69 @@
+"""Checkpoints written and read by a thread of their own, which calls no model.
+
+A flush can take long, and the loop does not wait for it: what came of it arrives like a request.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.worker.checkpoints import newest_checkpoint, write_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRead:
+    """The newest whole checkpoint of a job's folder, if there is one; or why it cannot be used."""
+
+    job: Any
+    content: bytes | None
+    error: OSError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWritten:
+    """A checkpoint lasts; or why it does not."""
+
+    job: Any
+    error: OSError | None = None
+
+
+FileResult = CheckpointRead | CheckpointWritten
+
+
+class FileWork:
+    """What is to be written and read, in order.
+
+    Args:
+        deliver: Takes results, on the thread.
+        executor: Of one thread.
+    """
+
+    def __init__(
+        self, deliver: Callable[[FileResult], None], executor: Executor | None = None
+    ) -> None:
+        self._deliver = deliver
+        self._executor = executor or ThreadPoolExecutor(1, "checkpoints")
+
+    def read(self, job: Any, folder: Path) -> None:
+        """Looks for the checkpoint that ``job`` goes on from."""
+        self._executor.submit(self._read, job, folder)
+
+    def write(self, job: Any, folder: Path, step: int, content: bytes) -> None:
+        """Makes what ``job`` is after a step last."""
+        self._executor.submit(self._write, job, folder, step, content)
+
+    def _read(self, job: Any, folder: Path) -> None:
+        try:
+            self._deliver(CheckpointRead(job, newest_checkpoint(folder)))
+        except OSError as error:
+            self._deliver(CheckpointRead(job, None, error))
+
+    def _write(self, job: Any, folder: Path, step: int, content: bytes) -> None:
+        try:
+            write_checkpoint(folder, step, content)
+        except OSError as error:
+            self._deliver(CheckpointWritten(job, error))
+        else:
+            self._deliver(CheckpointWritten(job))
