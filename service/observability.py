@@ -146,6 +146,9 @@ class Metrics:
         self.adapter_evictions = Counter(
             "gemma_adapter_evictions", "Adapters put out of the bank for others.", registry=registry
         )
+        self.train_share = Gauge(
+            "gemma_train_share_ratio", "Share of the worker's time for training.", registry=registry
+        )
         self.heartbeat_age = Gauge(
             "gemma_worker_heartbeat_age_seconds",
             "Since the worker's last sign of life.",

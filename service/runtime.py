@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,7 @@ _MAX_HEADER_BYTES = 16 * 1024
 _KEEP_ALIVE_SECONDS = 5
 _BACKLOG = 2048
 _DRAIN_POLL_SECONDS = 0.05
+_SHARE_SECONDS = 1.0
 # After draining, for handlers to write the last bytes of what was ended.
 _LAST_WORDS_SECONDS = 2
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -73,6 +75,8 @@ class Service:
         self._compilations_seen = 0
         self._work_seen = WorkCounts()
         self._adapters_seen = AdapterCounts()
+        # Seconds of training, and when that was noted.
+        self._trained = (0.0, time.monotonic())
         self._heartbeat: Heartbeat | None = None
         self._is_draining = False
         self.supervisor = Supervisor(
@@ -153,6 +157,7 @@ class Service:
         self._count_compilations(heartbeat.num_compilations, "serving" if is_serving else "warmup")
         self._count_work(heartbeat.work)
         self._count_adapters(heartbeat.adapters)
+        self._note_training(heartbeat.training.seconds)
 
     def on_request_event(self, event: RequestEvent) -> None:
         self._client.deliver(event)
@@ -161,6 +166,7 @@ class Service:
         self._compilations_seen = 0
         self._work_seen = WorkCounts()
         self._adapters_seen = AdapterCounts()
+        self._trained = (0.0, time.monotonic())
         self._heartbeat = None
         self._metrics.worker_restarts.inc()
         self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
@@ -180,6 +186,13 @@ class Service:
         before, self._adapters_seen = self._adapters_seen, counts
         self._metrics.adapter_loads.inc(counts.num_loads - before.num_loads)
         self._metrics.adapter_evictions.inc(counts.num_evictions - before.num_evictions)
+
+    def _note_training(self, seconds: float) -> None:
+        """The share of the worker's time that went to training, once a second."""
+        (before, noted_at), now = self._trained, time.monotonic()
+        if now - noted_at >= _SHARE_SECONDS:
+            self._metrics.train_share.set((seconds - before) / (now - noted_at))
+            self._trained = (seconds, now)
 
     def _count_compilations(self, total: int, phase: str) -> None:
         self._metrics.compilations.labels(phase).inc(max(total - self._compilations_seen, 0))

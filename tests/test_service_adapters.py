@@ -153,7 +153,7 @@ def test_a_file_that_changes_under_the_service_fails_its_requests_and_no_others(
             service.generate([1], n=2, model="gemma:b"),
             service.client.post("/score", json=body),
         ):
-            assert (response.status_code, response.json()["code"]) == (500, "internal")
+            assert (response.status_code, response.json()["code"]) == (404, "model_not_found")
         assert "b.lora.h5 has changed" in service.log
         assert drawn(service.generate([1], max_tokens=1, model="gemma:a")) == [[11]]
 

@@ -22,16 +22,28 @@ from service.protocol.training import (
     SaveAdapter,
     TrainingEvent,
 )
-from service.worker.adapter_store import AdapterStore
+from service.worker.adapter_store import ADAPTER_FILE, AdapterStore
 from service.worker.checkpoints import is_full
 from service.worker.durable_files import write_record
 from service.worker.translate import form_of
 
 log = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter.safetensors"
-BROUGHT_FILE = "adapter.lora.h5"
 AdapterWork = SaveAdapter | ImportAdapter | ExportAdapter
+_KERAS_SUFFIX = ".lora.h5"
+
+
+def content_of(engine: Engine, store: AdapterStore, digest: str) -> bytes:
+    """A version as a trainer takes it, also one that was brought in another form. It takes long.
+
+    Raises:
+        PresetError: It cannot be read, or does not fit the model.
+    """
+    brought = store.brought_path(digest)
+    if brought is None:
+        return store.content(digest)
+    is_of_keras = brought.name.endswith(_KERAS_SUFFIX)
+    return engine.import_adapter(brought, "keras" if is_of_keras else "peft")
 
 
 class AdapterFiles:
@@ -81,17 +93,16 @@ class AdapterFiles:
             return AdapterImported(command.request_id, digest, form, len(content))
         if command.digest not in self._store:
             return self._failed(command, "adapter_not_found", "This adapter version is not here.")
-        brought = self._store.brought_path(command.digest)
         if isinstance(command, ExportAdapter):
-            if brought:
-                content = self._engine.import_adapter(brought, "keras")
-            else:
-                content = self._store.content(command.digest)
             path = Path(command.path)
+            content = content_of(self._engine, self._store, command.digest)
             self._engine.export_adapter(content, path, command.format)
             return AdapterExported(command.request_id, path.stat().st_size)
-        name = BROUGHT_FILE if brought else ADAPTER_FILE
-        path = write_record(Path(command.folder), name, self._store.content(command.digest))
+        if brought := self._store.brought_path(command.digest):
+            # It lasts where somebody else keeps it.
+            return AdapterSaved(command.request_id, AdapterSource(command.digest, str(brought)))
+        content = self._store.content(command.digest)
+        path = write_record(Path(command.folder), ADAPTER_FILE, content)
         source = AdapterSource(command.digest, str(path))
         self._store.add_source(source)
         return AdapterSaved(command.request_id, source)

@@ -16,8 +16,8 @@ from pathlib import Path
 from model.errors import AdapterUnfit, PresetFileMissing
 from service.protocol.messages import AdapterSource
 
-# Of files that keras-hub writes; all others are a trainer's.
-_BROUGHT = ".lora.h5"
+# Of a version that was made here, in the folder that is its own; others were brought.
+ADAPTER_FILE = "adapter.safetensors"
 
 
 def digest_of(content: bytes) -> str:
@@ -85,7 +85,7 @@ class AdapterStore:
         """The file of a version that was brought in another form than `content` tells."""
         with self._lock:
             path = self._paths.get(digest)
-        return path if path is not None and path.name.endswith(_BROUGHT) else None
+        return path if path is not None and path.name != ADAPTER_FILE else None
 
     def content(self, digest: str) -> bytes:
         """The bytes that it is named for.

@@ -21,7 +21,7 @@ from service.protocol.training import (
 )
 from service.worker.training_rows import InvalidRow, RowReader
 
-MAX_STEPS = 10_000
+MAX_STEPS = 1_000_000
 MAX_ERRORS = 20
 _SHOWN_ROWS = 4
 # Of rows that are read without a pause: some milliseconds.

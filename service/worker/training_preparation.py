@@ -21,6 +21,7 @@ from service.protocol.training import (
     PrepareJob,
     TrainingEvent,
 )
+from service.worker.adapter_files import content_of
 from service.worker.adapter_store import AdapterStore
 from service.worker.training_desk import PreparedJob
 from service.worker.training_plan import InitialAdapter, JobInvalid, PlanMaker
@@ -119,11 +120,7 @@ class Preparation:
         if command.init not in self._store:
             raise _init_refused(command, "adapter_not_found", "This version is not here.")
         try:
-            path = self._store.brought_path(command.init)
-            if path is None:
-                content = self._store.content(command.init)
-            else:
-                content = self._engine.import_adapter(path, "keras")
+            content = content_of(self._engine, self._store, command.init)
             return InitialAdapter(content, self._engine.adapter_form(content))
         except ModelError as error:
             log.error("%s", error)
