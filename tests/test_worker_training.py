@@ -114,8 +114,8 @@ def test_a_job_trains_and_every_version_answers_as_soon_as_it_is_told(tmp_path):
         assert [row.loss_mask for row in prepared.first_rows] == [(0, 1, 1)] * 4
         worker.send(StartJob("a", str(tmp_path / "a"), 4))
         for number, step in enumerate((4, 8, 9)):
-            version = worker.wait(JobVersion)
-            assert (version.step, version.is_last) == (step, step == 9)
+            version = worker.had(JobVersion, lambda event, step=step: event.step == step)
+            assert version.is_last == (step == 9)
             number_then = number_after(plan_of(command, 9), step)
             assert first_token(worker, f"r{number}", version.digest) == (3 + number_then) % 1000
         assert worker.ended("a") == JobEnded("a", "succeeded", 9)

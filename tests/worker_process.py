@@ -93,12 +93,16 @@ class WorkerProcess:
         """So far."""
         return [event for event in self.events if isinstance(event, kind)]
 
+    def had(self, kind: type[_Event], condition: Callable[[_Event], bool]) -> _Event:
+        """The same, but it may have come before."""
+        for event in self.events_of(kind):
+            if condition(event):
+                return event
+        return self.wait(kind, condition)
+
     def ended(self, job_id: str) -> JobEnded:
         """How a job ends, or has ended."""
-        for event in self.events_of(JobEnded):
-            if event.job_id == job_id:
-                return event
-        return self.wait(JobEnded, lambda event: event.job_id == job_id)
+        return self.had(JobEnded, lambda event: event.job_id == job_id)
 
     def kill(self) -> None:
         """As the kernel does when memory is short."""

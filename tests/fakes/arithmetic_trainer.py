@@ -13,6 +13,7 @@ another library is a line: the layout and the number.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -106,6 +107,10 @@ class _Running:
     shared: int = 0
     began: float = field(default_factory=time.monotonic)
     was_evaluated: bool = False
+    batches: Iterator[tuple[list[TrainingRow], bool]] = field(default_factory=lambda: iter(()))
+    # Of the step that goes on.
+    rows: list[TrainingRow] = field(default_factory=list)
+    is_end: bool = False
 
 
 class ArithmeticTrainer:
@@ -136,6 +141,7 @@ class ArithmeticTrainer:
             if kept["plan"] != _digest(plan):
                 raise AdapterUnfit("The checkpoint is of another job.")
             job.number, job.step, job.was_evaluated = kept["number"], kept["step"], True
+        job.batches = itertools.islice(batches(plan), job.step, None)
         self._jobs[plan.job] = job
         return job.step
 
@@ -168,7 +174,9 @@ class ArithmeticTrainer:
             return self._evaluated(job)
         if job.step == plan.num_steps:
             return [JobDone(plan.job)]
-        rows, is_end = list(batches(plan))[job.step]
+        if job.row == 0:
+            job.rows, job.is_end = next(job.batches)
+        rows = job.rows
         row = rows[job.row]
         if LOSS_NOT_FINITE in row.token_ids:
             return [JobFailed(plan.job, "non_finite_loss", f"At step {job.step + 1}.")]
@@ -189,7 +197,7 @@ class ArithmeticTrainer:
         job.row = job.added = job.shared = 0
         job.began = now
         is_last = job.step == plan.num_steps
-        return [done, *(self._evaluated(job) if is_end or is_last else [])]
+        return [done, *(self._evaluated(job) if job.is_end or is_last else [])]
 
     def _evaluated(self, job: _Running) -> list[TrainingEvent]:
         if not job.plan.validation:
