@@ -5,11 +5,12 @@ import hashlib
 import pytest
 
 from model.errors import AdapterUnfit
-from model.slots import EngineOptions
+from model.slots import AdapterForm, EngineOptions
 from service.protocol.messages import AdapterCounts, AdapterSource
 from service.worker.adapter_desk import AdapterDesk
-from service.worker.adapter_store import AdapterStore
+from service.worker.adapter_store import ADAPTER_FILE, AdapterStore, digest_of
 from tests.fakes.arithmetic_engine import ArithmeticEngine
+from tests.fakes.arithmetic_trainer import adapter_bytes
 
 
 def desk_of(directory, *numbers, slots=2):
@@ -88,3 +89,113 @@ def test_at_the_start_every_file_is_read_and_as_many_as_fit_are_there(tmp_path):
     (tmp_path / "3.lora.h5").write_text("x")
     with pytest.raises(AdapterUnfit, match=r"3\.lora\.h5 has changed"):
         desk.open_all()
+
+
+# --- who waits --------------------------------------------------------------------------------
+
+
+def test_while_somebody_waits_one_adapter_is_claimed_no_more_and_the_others_are(tmp_path):
+    desk, [a, b, c, d] = desk_of(tmp_path, 1, 2, 3, 4)
+    assert desk.claim(a)
+    assert desk.claim(b)
+    assert not desk.claim(c)
+    assert not desk.claim(a), "its slot is for who waits"
+    assert desk.claim(b)
+    desk.begin_round(None)
+    # In the next round those in front are asked first.
+    assert desk.claim(a)
+    assert not desk.claim(c)
+    assert not desk.claim(b), "claimed longest ago now"
+    assert desk.claim(a)
+    assert not desk.claim(d), "two wait, for both slots"
+    assert not desk.claim(a)
+
+
+def test_whoever_waits_gets_a_slot_although_others_come_all_the_time(tmp_path):
+    desk, [a, b, c] = desk_of(tmp_path, 1, 2, 3)
+    running = [a, b]
+    assert desk.claim(a)
+    assert desk.claim(b)
+    for _ in range(10):
+        desk.begin_round(None)
+        if desk.claim(c):
+            break
+        # Everybody else asks again before their own ends.
+        for ended in tuple(running):
+            if desk.claim(ended):
+                running.append(ended)
+            desk.release(ended)
+            running.remove(ended)
+    else:
+        raise AssertionError("it waits for ever")
+
+
+def test_two_lines_do_not_take_what_the_other_waits_for(tmp_path):
+    desk, [a, b, c] = desk_of(tmp_path, 1, 2, 3, slots=1)
+    assert desk.claim(a, "rows")
+    assert desk.slot(a) == 1
+    assert not desk.claim(b, "scores")
+    desk.release(a)
+    desk.begin_round("rows")
+    assert not desk.claim(c, "rows")
+    assert not desk.claim(a, "rows")
+    desk.begin_round("scores")
+    assert desk.claim(b, "scores")
+    assert desk.slot(b) == 1
+    desk.release(b)
+    desk.begin_round("scores")
+    assert desk.claim(c, "rows")
+
+
+# --- versions that come and go ----------------------------------------------------------------
+
+
+def bytes_of(number):
+    return adapter_bytes(AdapterForm("keras", 8, 8.0, ("query",)), number)
+
+
+def test_a_version_that_stands_in_memory_or_in_its_folder_is_opened(tmp_path):
+    desk, _ = desk_of(tmp_path)
+    made = desk.store.add_content(bytes_of(5))
+    assert made in desk.store
+    assert use(desk, made) == 1
+    path = tmp_path / ADAPTER_FILE
+    path.write_bytes(bytes_of(6))
+    saved = digest_of(bytes_of(6))
+    desk.store.add_source(AdapterSource(saved, str(path)))
+    assert use(desk, saved) == 2
+    path.write_bytes(bytes_of(7))
+    assert use(desk, saved) == 2, "it is in the bank"
+    with pytest.raises(AdapterUnfit, match="has changed"):
+        desk.store.content(saved)
+
+
+def test_one_that_is_forgotten_stays_for_those_who_hold_it(tmp_path):
+    desk, _ = desk_of(tmp_path, slots=1)
+    digest = desk.store.add_content(bytes_of(5))
+    desk.hold(digest)
+    desk.hold(digest)
+    desk.store.forget(digest)
+    desk.drop_forgotten(digest)
+    assert digest not in desk.store
+    assert use(desk, digest) == 1
+    desk.let_go(digest)
+    assert use(desk, digest) == 1
+    desk.let_go(digest)
+    assert desk.counts.num_resident == 0
+    with pytest.raises(AdapterUnfit, match="not here"):
+        desk.store.content(digest)
+    other = desk.store.add_content(bytes_of(6))
+    assert use(desk, other) == 1
+
+
+def test_one_that_is_forgotten_and_made_again_is_there(tmp_path):
+    desk, _ = desk_of(tmp_path)
+    digest = desk.store.add_content(bytes_of(5))
+    desk.hold(digest)
+    desk.store.forget(digest)
+    assert desk.store.add_content(bytes_of(5)) == digest
+    desk.drop_forgotten(digest)
+    desk.let_go(digest)
+    assert digest in desk.store
+    assert desk.store.content(digest) == bytes_of(5)

@@ -143,6 +143,25 @@ def test_what_finds_no_slot_in_the_bank_waits_until_one_is_free(tmp_path):
         assert eventually(lambda: service.metric("gemma_adapters_resident") == 1)
 
 
+def test_those_behind_one_that_waits_for_a_slot_of_the_bank_are_served(tmp_path):
+    options = [*number_files(tmp_path / "files", a=10, b=20), "--adapter-slots=1"]
+    with (
+        running_service(tmp_path, *options, ARITHMETIC_STEP_SECONDS="0.05") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        first = stack.enter_context(service.stream([1], max_tokens=60, model="gemma:a"))
+        assert next(first)["event"] == "start"
+        assert eventually(lambda: service.metric(RUNNING) == 1)
+        second = stack.enter_context(service.stream([1], max_tokens=1, model="gemma:b"))
+        assert next(second)["event"] == "start"
+        assert eventually(lambda: service.metric(WAITING) == 1)
+        assert drawn(service.generate([1, 2], max_tokens=1)) == [[3]]
+        body = {"inputs": [{"token_ids": [1, 2]}]}
+        assert service.client.post("/score", json=body).status_code == 200
+        assert service.metric(WAITING) == 1, "nothing has ended for these two"
+        assert next(e for e in second if e["event"] == "token")["data"]["token_ids"] == [21]
+
+
 def test_a_file_that_changes_under_the_service_fails_its_requests_and_no_others(tmp_path):
     options = [*number_files(tmp_path / "files", a=10, b=20), "--adapter-slots=1"]
     with running_service(tmp_path, *options) as service:

@@ -56,6 +56,24 @@ def test_a_tenant_with_rows_of_four_tokens_gets_one_for_four_of_one_token():
     assert served(line_of(*long, *short)) == "L0 s0 s1 s2 s3 L1 s4 s5 s6 s7 L2 s8 s9 s10 s11"
 
 
+def test_rows_of_a_blocked_lane_are_passed_over_and_keep_their_place():
+    line: WaitingLine[Row] = WaitingLine(lambda row: row.name[0])
+    line.add([Row("x1"), Row("y1"), Row("x2"), Row("z1", "b"), Row("y2"), Row("x3", priority=5)])
+    assert line.pop({"x"}).name == "y1"
+    assert line.pop({"x", "z"}).name == "y2"
+    assert line.peek({"x", "z"}) is None
+    assert line.pop({"x"}).name == "z1"
+    assert [line.pop().name for _ in range(len(line))] == ["x3", "x1", "x2"]
+
+
+def test_what_a_tenant_missed_while_it_was_blocked_is_no_credit():
+    line: WaitingLine[Row] = WaitingLine(lambda row: row.tenant)
+    line.add([*(Row(f"a{k}", "a") for k in range(9)), *(Row(f"b{k}", "b") for k in range(9))])
+    assert [line.pop({"a"}).name for _ in range(5)] == ["b0", "b1", "b2", "b3", "b4"]
+    # Not a0 a1 a2 a3 a4 for the five that went before.
+    assert [line.pop().name for _ in range(4)] == ["a0", "a1", "b5", "a2"]
+
+
 def test_a_thousand_rows_of_one_tenant_hold_up_another_by_one_row():
     line = line_of(*(Row(f"a{k}", "a", 5) for k in range(1000)))
     assert served(line, 500).endswith("a499")
