@@ -14,8 +14,8 @@ from service.protocol.messages import (
     TokenLogprob,
     TokenLogprobs,
 )
+from service.worker.actions import Row, RowKey
 from service.worker.completion import Completion
-from service.worker.scheduler import Row, RowKey
 from tests.fakes.arithmetic_engine import NumberCodec
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from service.worker.actions import Chunk, Prefill, Row, RowKey
 from service.worker.pace import Pace
 from service.worker.paused_prefill import PausedPrefill
-from service.worker.scheduler import Chunk, Prefill, Row, RowKey
 
 
 def paced(step_seconds):

@@ -1,6 +1,6 @@
 """service.worker.scheduler by example; `test_scheduler_states` tries every order of calls."""
 
-from service.worker.scheduler import (
+from service.worker.actions import (
     Action,
     Chunk,
     Copy,
@@ -9,14 +9,13 @@ from service.worker.scheduler import (
     Join,
     LookUp,
     Prefill,
-    PrefillLimits,
     ReadScores,
     Row,
     RowKey,
-    Scheduler,
     Search,
     Spread,
 )
+from service.worker.scheduler import PrefillLimits, Scheduler
 
 LIMITS = PrefillLimits(chunk_tokens=4)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.worker.scheduler import (
+from service.worker.actions import (
     Chunk,
     Copy,
     Decode,
@@ -19,13 +19,12 @@ from service.worker.scheduler import (
     Join,
     LookUp,
     Prefill,
-    PrefillLimits,
     Row,
     RowKey,
-    Scheduler,
     Search,
     Spread,
 )
+from service.worker.scheduler import PrefillLimits, Scheduler
 
 MAX_PREFILL_TOKENS = 11
 

@@ -2,7 +2,8 @@
 
 from hypothesis import given, strategies as st
 
-from service.worker.scheduler import PrefillLimits, RowKey
+from service.worker.actions import RowKey
+from service.worker.scheduler import PrefillLimits
 from service.worker.score_line import Passage, ScoreLine, ScorePiece
 
 LIMITS = PrefillLimits(chunk_tokens=16, packed_tokens=8, packed_prompts=4)

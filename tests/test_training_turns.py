@@ -10,6 +10,7 @@ from model.slots import EngineOptions
 from model.training import TrainingPlan, TrainingRow
 from service.protocol.messages import Finished, TrainingCounts
 from service.protocol.training import CancelJob, JobEnded, JobStep, StartJob
+from service.worker.actions import Decode, Idle, Prefill, ReadScores, Row, RowKey, Train
 from service.worker.adapter_desk import AdapterDesk
 from service.worker.adapter_store import AdapterStore
 from service.worker.admission import Admission
@@ -17,17 +18,7 @@ from service.worker.file_work import FileWork
 from service.worker.loop import Arrival, Loop
 from service.worker.loop_status import LoopStatus
 from service.worker.pace import Pace
-from service.worker.scheduler import (
-    Decode,
-    Idle,
-    Prefill,
-    PrefillLimits,
-    ReadScores,
-    Row,
-    RowKey,
-    Scheduler,
-    Train,
-)
+from service.worker.scheduler import PrefillLimits, Scheduler
 from service.worker.training_desk import PreparedJob, TrainingDesk
 from service.worker.training_share import TrainingShare
 from service.worker.training_turns import TrainingTurns

@@ -23,6 +23,7 @@ from service.protocol.messages import (
     Score,
     StopRules,
 )
+from service.worker.actions import Row, RowKey
 from service.worker.attribution_jobs import attribution_questions
 from service.worker.completion import Completion
 from service.worker.drain_rate import DrainRate
@@ -33,7 +34,6 @@ from service.worker.interventions import (
     prompt_interventions,
 )
 from service.worker.prefix_keys import PrefixKeys
-from service.worker.scheduler import Row, RowKey
 from service.worker.score_inputs import InvalidInput, ScoreInputs
 from service.worker.score_request import ScoreRequest
 from service.worker.search import BeamRun, ContrastiveRun, SearchRun

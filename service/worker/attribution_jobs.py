@@ -12,8 +12,8 @@ from model.attribution_questions import (
 from model.intervention_slots import Touch
 from model.slots import EngineInfo
 from service.protocol.messages import Attribute, Score, ScoredContext, ScoredText
+from service.worker.actions import RowKey
 from service.worker.interventions import intervention_of, places_between
-from service.worker.scheduler import RowKey
 from service.worker.score_inputs import InvalidInput, PlannedInput, PlannedTarget
 
 # Tokens of all texts of a request, times steps: the longest text with all steps.

@@ -13,8 +13,8 @@ from service.protocol.messages import (
     StopRules,
     TokenLogprobs,
 )
+from service.worker.actions import Row
 from service.worker.interventions import NO_INTERVENTIONS, PromptInterventions
-from service.worker.scheduler import Row
 from service.worker.translate import token_logprobs
 
 

@@ -3,6 +3,8 @@
 A flush can take long, and the loop does not wait for it: what came of it arrives like a request.
 """
 
+import errno
+import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from service.worker.checkpoints import newest_checkpoint, write_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +61,21 @@ class FileWork:
     def _read(self, job: Any, folder: Path) -> None:
         try:
             self._deliver(CheckpointRead(job, newest_checkpoint(folder)))
-        except OSError as error:
-            self._deliver(CheckpointRead(job, None, error))
+        except Exception as error:
+            self._deliver(CheckpointRead(job, None, _told(error)))
 
     def _write(self, job: Any, folder: Path, step: int, content: bytes) -> None:
         try:
             write_checkpoint(folder, step, content)
-        except OSError as error:
-            self._deliver(CheckpointWritten(job, error))
+        except Exception as error:
+            self._deliver(CheckpointWritten(job, _told(error)))
         else:
             self._deliver(CheckpointWritten(job))
+
+
+def _told(error: Exception) -> OSError:
+    """A bug here must not leave a job waiting for ever."""
+    if isinstance(error, OSError):
+        return error
+    log.exception("a checkpoint cannot be handled")
+    return OSError(errno.EIO, f"{type(error).__name__}, which the log explains")

@@ -33,14 +33,7 @@ from service.protocol.messages import (
     Timings,
 )
 from service.protocol.training import ForgetAdapter, TrainingEvent
-from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
-from service.worker.adapter_store import AdapterStore
-from service.worker.admission import Admission, AdmittedRequest
-from service.worker.completion import Completion
-from service.worker.loop_status import LoopStatus
-from service.worker.pace import Pace
-from service.worker.paused_prefill import PausedPrefill
-from service.worker.scheduler import (
+from service.worker.actions import (
     Action,
     Chunk,
     Copy,
@@ -49,15 +42,21 @@ from service.worker.scheduler import (
     Join,
     LookUp,
     Prefill,
-    PrefillLimits,
     ReadScores,
     Row,
     RowKey,
-    Scheduler,
     Search,
     Spread,
     Train,
 )
+from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
+from service.worker.adapter_store import AdapterStore
+from service.worker.admission import Admission, AdmittedRequest
+from service.worker.completion import Completion
+from service.worker.loop_status import LoopStatus
+from service.worker.pace import Pace
+from service.worker.paused_prefill import PausedPrefill
+from service.worker.scheduler import PrefillLimits, Scheduler
 from service.worker.score_desk import ScoreDesk
 from service.worker.score_request import ScoreRequest
 from service.worker.search import SearchRun

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from model.slots import Engine, PromptChunk
-from service.worker.scheduler import Prefill
+from service.worker.actions import Prefill
 
 
 class PausedPrefill:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from service.worker.scheduler import PrefillLimits, RowKey
+from service.worker.actions import RowKey
+from service.worker.scheduler import PrefillLimits
 from service.worker.waiting import WaitingLine
 
 _SHORT_SLOT = 0

@@ -19,9 +19,9 @@ from service.protocol.messages import (
     TokenLogprob,
     TokenScore,
 )
+from service.worker.actions import RowKey
 from service.worker.attribution_jobs import AttributionJob
 from service.worker.interventions import intervention_of
-from service.worker.scheduler import RowKey
 from service.worker.score_inputs import PlannedCapture, PlannedInput, PlannedTarget
 from service.worker.score_line import Marked, Passage, ScorePiece, TargetToken
 from service.worker.translate import token_logprob

@@ -12,9 +12,9 @@ from typing import Protocol
 from model.search_slots import Beam, BeamStep, CandidateStep, SearchEngine, SearchRules
 from model.slots import SampledToken
 from service.protocol.messages import FinishReason, OutputEnd, Piece
+from service.worker.actions import Row
 from service.worker.completion import Completion
 from service.worker.interventions import PromptInterventions
-from service.worker.scheduler import Row
 
 
 class SearchRun(Protocol):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from service.protocol.messages import TrainingCounts
 from service.protocol.training import CancelJob, StartJob, TrainingEvent
+from service.worker.actions import Action, Idle, Train
 from service.worker.file_work import CheckpointRead, CheckpointWritten
 from service.worker.pace import Pace
-from service.worker.scheduler import Action, Idle, Train
 from service.worker.training_desk import PreparedJob, TrainingDesk
 from service.worker.training_share import TrainingShare
 
