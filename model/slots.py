@@ -292,7 +292,7 @@ class Engine(Protocol):
 
     @property
     def trainer(self) -> Trainer | None:
-        """Of adapters on this engine; None without slots for them."""
+        """Trains adapters of this model; None without slots to serve them from."""
 
     @property
     def num_compilations(self) -> int:
@@ -348,10 +348,6 @@ class Engine(Protocol):
 
     def put_adapter(self, slot: int, adapter: Adapter) -> None:
         """Gives slot 1 to ``info.adapter_slots`` to an adapter, after what was started before."""
-
-    @property
-    def trainer(self) -> Trainer | None:
-        """Trains adapters of this model; None without a bank to serve them from."""
 
     def open_adapter(self, content: bytes) -> Adapter:
         """An adapter of the bytes that a trainer or `import_adapter` gave. Any thread may ask.

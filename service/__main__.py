@@ -16,6 +16,9 @@ from service.adapters import AdapterFileUnreadable, open_adapters
 from service.commands import COMMANDS, Command
 from service.data_directory import DataDirectory, DataDirectoryInUse
 from service.exit_status import Exit, ExitStatus
+from service.jobs.folders import Folders
+from service.jobs.store import FILE_NAME, Store, StoreUnusable
+from service.jobs.training import DataFiles
 from service.logs import log_to_stderr
 from service.settings import Settings
 from service.startup_display import startup_display
@@ -111,6 +114,7 @@ def _serve(settings: Settings) -> None:
     try:
         data = DataDirectory(settings.data_dir)
         settings.cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folders = Folders(settings.data_dir)
     except DataDirectoryInUse as error:
         raise Exit(ExitStatus.TRY_LATER, str(error)) from error
     except OSError as error:
@@ -121,15 +125,18 @@ def _serve(settings: Settings) -> None:
         ) from error
     try:
         adapters = open_adapters(settings.adapter)
-    except AdapterFileUnreadable as error:
+        store = Store(settings.data_dir / FILE_NAME)
+    except (AdapterFileUnreadable, StoreUnusable) as error:
         raise Exit(ExitStatus.BAD_PRESET, str(error)) from error
     host, port = listener.getsockname()[:2]
     _say(json.dumps({"event": "listening", "host": host, "port": port, "pid": os.getpid()}))
     try:
-        asyncio.run(runtime.serve(settings, listener, startup_display(), adapters))
+        files = DataFiles(store, folders)
+        asyncio.run(runtime.serve(settings, listener, startup_display(), adapters, files))
     except LoadRefused as refusal:
         raise Exit(ExitStatus.BAD_PRESET, str(refusal)) from refusal
     finally:
+        store.close()
         data.close()
 
 

@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from service.api import generate, ops, problems, requests, score
+from service.api import adapters, finetune, generate, ops, problems, requests, score
 from service.api.state import ServiceState
 from service.edge import edge_middleware
 from service.observability import CountRequests
@@ -33,6 +33,8 @@ def create_app(state: ServiceState) -> FastAPI:
             Middleware(CountRequests, metrics=state.metrics),
             *edge_middleware(
                 max_body_bytes=settings.body_bytes,
+                max_job_bytes=settings.job_body_bytes,
+                max_adapter_bytes=settings.adapter_body_bytes,
                 body_timeout_seconds=settings.body_timeout_seconds,
             ),
         ],
@@ -40,6 +42,9 @@ def create_app(state: ServiceState) -> FastAPI:
     app.state.service = state
     app.include_router(generate.router)
     app.include_router(score.router)
+    app.include_router(finetune.router)
+    app.include_router(adapters.router)
+    app.include_router(adapters.json_router)
     app.include_router(requests.router)
     app.include_router(ops.router)
     problems.install(app)

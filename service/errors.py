@@ -6,21 +6,29 @@
     + NotFound                404
     + RequestNotFound         404
     + ModelNotFound           404
+    + JobNotFound             404
+    + AdapterNotFound         404
     + MethodNotAllowed        405
     + NotAcceptable           406
     + BodyTimeout             408
     + RequestCancelled        409
+    + VersionConflict         409
+    + AdapterBusy             409
+    + AdapterMismatch         409
+    + IdempotencyMismatch     409
     + BodyTooLarge            413
     + UnsupportedMediaType    415
     + InvalidField            422
     + ContextLengthExceeded   422
   x CapacityError             send the same request later
     + QueueFull               429
+    + JobLimit                429
     + Loading                 503
     + Draining                503
   x WorkerError               the request was fine, and we failed it
     + WorkerRestarting        503
     + DeadlineExceeded        504
+    + StorageFull             507
     + NumericalError          500
     + InternalError           500
 """
@@ -110,6 +118,22 @@ class ModelNotFound(RequestError):
     title = "Model not found"
 
 
+class JobNotFound(RequestError):
+    """No job has that id."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "job_not_found"
+    title = "Job not found"
+
+
+class AdapterNotFound(RequestError):
+    """There is no such adapter, or it has no such version."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "adapter_not_found"
+    title = "Adapter not found"
+
+
 class MethodNotAllowed(RequestError):
     """The path exists, but not for this method."""
 
@@ -141,6 +165,38 @@ class RequestCancelled(RequestError):
     status = HTTPStatus.CONFLICT
     code = "request_cancelled"
     title = "Request was cancelled"
+
+
+class VersionConflict(RequestError):
+    """Another version is live than the request expects."""
+
+    status = HTTPStatus.CONFLICT
+    code = "version_conflict"
+    title = "Another version is live"
+
+
+class AdapterBusy(RequestError):
+    """A job still needs the adapter or the version."""
+
+    status = HTTPStatus.CONFLICT
+    code = "adapter_busy"
+    title = "Adapter is in use"
+
+
+class AdapterMismatch(RequestError):
+    """The version was made for another model."""
+
+    status = HTTPStatus.CONFLICT
+    code = "adapter_mismatch"
+    title = "Adapter is of another model"
+
+
+class IdempotencyMismatch(RequestError):
+    """Another request came with the same idempotency key."""
+
+    status = HTTPStatus.CONFLICT
+    code = "idempotency_mismatch"
+    title = "Idempotency key was used before"
 
 
 class BodyTooLarge(RequestError):
@@ -190,6 +246,15 @@ class QueueFull(CapacityError):
     default_retry_after_seconds = 1
 
 
+class JobLimit(CapacityError):
+    """As many jobs run and wait as may."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "job_limit"
+    title = "Too many jobs"
+    default_retry_after_seconds = 10
+
+
 class Loading(CapacityError):
     """The model is still being loaded or compiled."""
 
@@ -228,6 +293,15 @@ class DeadlineExceeded(WorkerError):
     status = HTTPStatus.GATEWAY_TIMEOUT
     code = "deadline_exceeded"
     title = "Deadline exceeded"
+    retryable = True
+
+
+class StorageFull(WorkerError):
+    """There is no room on the disk for what must last."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    code = "storage_full"
+    title = "Storage is full"
     retryable = True
 
 

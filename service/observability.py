@@ -6,6 +6,7 @@ holds prometheus objects, so a restarted worker never turns a counter back.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -34,6 +35,8 @@ _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _ROUTES = (
     "/generate",
     "/score",
+    "/finetune",
+    "/adapters",
     "/health",
     "/ready",
     "/info",
@@ -46,7 +49,11 @@ _OTHER = "other"
 _DONE = "stop"
 _GENERATE = "generate"
 _SCORE = "score"
-_OPERATIONS = (_GENERATE, _SCORE)
+_FINETUNE = "finetune"
+_OPERATIONS = (_GENERATE, _SCORE, _FINETUNE)
+# Of jobs that have not ended.
+_JOB_STATES = ("queued", "running", "paused")
+_STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
 _BASE = "base"
 # Names come and go, so that a label for each would have no end.
 _ADAPTER = "adapter"
@@ -149,6 +156,34 @@ class Metrics:
         self.train_share = Gauge(
             "gemma_train_share_ratio", "Share of the worker's time for training.", registry=registry
         )
+        self.adapter_versions = Gauge(
+            "gemma_adapter_versions",
+            "Versions of adapters that can be asked for.",
+            ("place",),
+            registry=registry,
+        )
+        self.adapter_publish = Histogram(
+            "gemma_adapter_publish_seconds",
+            "From the news of a version to its name.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.train_jobs = Gauge(
+            "gemma_train_jobs", "Jobs that have not ended.", ("state",), registry=registry
+        )
+        self.storage_paused_jobs = Gauge(
+            "gemma_storage_paused_jobs", "Jobs that wait for room on the disk.", registry=registry
+        )
+        self.train_steps = Counter("gemma_train_steps", "Steps of optimizers.", registry=registry)
+        self.train_tokens = Counter(
+            "gemma_train_tokens", "Tokens that were learned from.", registry=registry
+        )
+        self.train_step = Histogram(
+            "gemma_train_step_seconds",
+            "Of one step of a job.",
+            buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
         self.heartbeat_age = Gauge(
             "gemma_worker_heartbeat_age_seconds",
             "Since the worker's last sign of life.",
@@ -186,6 +221,12 @@ class Metrics:
         for reason in _FINISH_REASONS:
             self.successes.labels(_GENERATE, reason)
         self.successes.labels(_SCORE, _DONE)
+        for reason in (_DONE, "cancelled"):
+            self.successes.labels(_FINETUNE, reason)
+        for state in _JOB_STATES:
+            self.train_jobs.labels(state)
+        for place in ("memory", "disk"):
+            self.adapter_versions.labels(place)
         for reason in ("disconnect", "stalled", "api", "timeout"):
             self.cancelled.labels(reason)
         for streaming in ("true", "false"):
@@ -200,10 +241,18 @@ class Metrics:
         """Counts one answer; what a client chose freely is counted as ``other``."""
         path, method = scope["path"], scope["method"]
         self.http_requests.labels(
-            path if path in _ROUTES else _OTHER,
+            _route(path),
             method if method in _METHODS else _OTHER,
             str(status),
         ).inc()
+
+
+def _route(path: str) -> str:
+    """What is below a resource is counted as the resource."""
+    for resource in ("/finetune", "/adapters"):
+        if path.startswith(resource + "/"):
+            return resource
+    return path if path in _ROUTES else _OTHER
 
 
 class CountRequests:
@@ -304,3 +353,43 @@ class ScoreMeter:
     def abandoned(self) -> None:
         """Nobody reads the answer any more."""
         self._metrics.cancelled.labels("disconnect").inc()
+
+
+class TrainingMeter:
+    """Measures jobs."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def statuses(self, statuses: Sequence[str]) -> None:
+        """Of all jobs that have not ended."""
+        for state in _JOB_STATES:
+            self._metrics.train_jobs.labels(state).set(statuses.count(state))
+        self._metrics.storage_paused_jobs.set(statuses.count("paused"))
+        self._metrics.requests_running.labels(_FINETUNE).set(statuses.count("running"))
+        self._metrics.requests_waiting.labels(_FINETUNE).set(statuses.count("queued"))
+
+    def step(self, num_tokens: int, tokens_per_second: float) -> None:
+        """A job has made one."""
+        self._metrics.train_steps.inc()
+        self._metrics.train_tokens.inc(num_tokens)
+        if tokens_per_second > 0:
+            self._metrics.train_step.observe(num_tokens / tokens_per_second)
+
+    def published(self, seconds: float) -> None:
+        """A version has a name, so many seconds after the worker told of it."""
+        self._metrics.adapter_publish.observe(seconds)
+
+    def refused(self, code: str) -> None:
+        """A job was never taken."""
+        self._metrics.failures.labels(_FINETUNE, code).inc()
+
+    def ended(self, status: str, code: str | None, seconds: float) -> None:
+        """A job has, so many seconds after it came."""
+        if status == "failed":
+            self._metrics.failures.labels(_FINETUNE, code or _OTHER).inc()
+            return
+        self._metrics.successes.labels(
+            _FINETUNE, _DONE if status == "succeeded" else "cancelled"
+        ).inc()
+        self._metrics.e2e.labels(_FINETUNE).observe(seconds)

@@ -25,6 +25,7 @@ from service.adapters import AdapterNames
 from service.api.state import Readiness, ServiceState
 from service.app import create_app
 from service.connection import connection_class
+from service.jobs.training import DataFiles, open_training
 from service.observability import Metrics
 from service.protocol.messages import (
     AdapterCounts,
@@ -36,6 +37,7 @@ from service.protocol.messages import (
     ServerInfo,
     WorkCounts,
 )
+from service.protocol.training import TrainingEvent
 from service.settings import Settings
 from service.startup_display import StartupDisplay
 from service.supervisor import Supervisor, WorkerState
@@ -63,10 +65,16 @@ class Service:
         url: Under which it is reached.
         display: Shows the start.
         adapters: That requests may name.
+        files: Of the data folder.
     """
 
     def __init__(
-        self, settings: Settings, url: str, display: StartupDisplay, adapters: AdapterNames
+        self,
+        settings: Settings,
+        url: str,
+        display: StartupDisplay,
+        adapters: AdapterNames,
+        files: DataFiles,
     ) -> None:
         self._settings = settings
         self._url = url
@@ -87,7 +95,11 @@ class Service:
             log_level=settings.log_level,
         )
         self._client = WorkerClient(self.supervisor.send)
-        state = ServiceState(settings, self._client, self, self._metrics, adapters)
+        send, uses = self.supervisor.send, self._client.uses
+        training = open_training(files, settings, adapters, self._metrics, send, uses)
+        self.training = training
+        self._adapters = adapters
+        state = ServiceState(settings, self._client, self, self._metrics, adapters, training)
         self.app = create_app(state)
 
     @property
@@ -126,6 +138,9 @@ class Service:
         metrics.requests_waiting.labels("score").set(waiting)
         resident = heartbeat.adapters.num_resident if heartbeat else 0
         metrics.adapters_resident.set(resident)
+        places = ["memory" if each.path is None else "disk" for each in self._adapters.versions]
+        for place in ("memory", "disk"):
+            metrics.adapter_versions.labels(place).set(places.count(place))
         metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -145,6 +160,7 @@ class Service:
 
     def on_ready(self, info: ServerInfo, num_compilations: int) -> None:
         self._count_compilations(num_compilations, "warmup")
+        self.training.jobs.worker_ready(info.preset_digest)
         self._metrics.build_info.labels(
             VERSION, info.preset, info.dtype, info.backend, info.kernels, "none"
         ).set(1)
@@ -162,6 +178,9 @@ class Service:
     def on_request_event(self, event: RequestEvent) -> None:
         self._client.deliver(event)
 
+    def on_training_event(self, event: TrainingEvent) -> None:
+        self.training.jobs.deliver(event)
+
     def on_lost(self, reason: str) -> None:
         self._compilations_seen = 0
         self._work_seen = WorkCounts()
@@ -170,6 +189,7 @@ class Service:
         self._heartbeat = None
         self._metrics.worker_restarts.inc()
         self._client.fail_all("worker_restarting", "The worker ended while it held this request.")
+        self.training.jobs.worker_lost()
         self._display.close()
 
     def _count_work(self, work: WorkCounts) -> None:
@@ -212,13 +232,14 @@ async def serve(
     listener: socket.socket,
     display: StartupDisplay,
     adapters: AdapterNames,
+    files: DataFiles,
 ) -> None:
     """Runs until a signal.
 
     Raises:
         LoadRefused: The preset cannot be served; the message is one line for the operator.
     """
-    service = Service(settings, _url(listener), display, adapters)
+    service = Service(settings, _url(listener), display, adapters, files)
     config = uvicorn.Config(
         service.app,
         http=connection_class(settings.stream_stall_seconds),
@@ -235,6 +256,7 @@ async def serve(
     server = Server(config)
     stopping = asyncio.create_task(_stop_on_signal(service, server, settings.drain_seconds))
     supervising = asyncio.create_task(service.supervisor.run())
+    training = asyncio.create_task(service.training.jobs.run())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.wait((supervising, serving), return_when=asyncio.FIRST_COMPLETED)
@@ -245,6 +267,8 @@ async def serve(
         stopping.cancel()
         supervising.cancel()
         display.close()
+        training.cancel()
+        await asyncio.gather(training, service.training.versions.close(), return_exceptions=True)
         with contextlib.suppress(asyncio.CancelledError):
             await supervising
 

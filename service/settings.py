@@ -100,6 +100,18 @@ class Settings(BaseSettings):
         le=3600,
         description="Seconds of training after which a job is saved; a crash costs no more.",
     )
+    running_jobs: int = Field(8, ge=1, le=64, description="Fine-tune jobs that train at once.")
+    queued_jobs: int = Field(16, ge=0, le=1024, description="Fine-tune jobs that may wait.")
+    job_rows: int = Field(
+        10_000, ge=1, le=100_000, description="Rows of a fine-tune job, validation included."
+    )
+    job_steps: int = Field(10_000, ge=1, le=1_000_000, description="Steps of a fine-tune job.")
+    job_body_bytes: int = Field(
+        16_777_216, ge=1024, le=16_777_216, description="Bytes of the body of a fine-tune job."
+    )
+    adapter_body_bytes: int = Field(
+        67_108_864, ge=1024, le=268_435_456, description="Bytes of an adapter that is sent."
+    )
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
     )

@@ -23,10 +23,9 @@ from typing import Protocol, assert_never
 from service.errors import Loading, WorkerRestarting
 from service.own_modules import own_modules
 from service.protocol import framing
+from service.protocol.framing import AnyCommand, AnyEvent
 from service.protocol.messages import (
     Accepted,
-    Command,
-    Event,
     Failed,
     Finished,
     Heartbeat,
@@ -38,6 +37,20 @@ from service.protocol.messages import (
     RequestEvent,
     Scored,
     ServerInfo,
+)
+from service.protocol.training import (
+    AdapterExported,
+    AdapterFailed,
+    AdapterImported,
+    AdapterSaved,
+    JobEnded,
+    JobEval,
+    JobPaused,
+    JobPrepared,
+    JobRefused,
+    JobStep,
+    JobVersion,
+    TrainingEvent,
 )
 
 log = logging.getLogger(__name__)
@@ -71,6 +84,8 @@ class WorkerListener(Protocol):
     def on_heartbeat(self, heartbeat: Heartbeat) -> None: ...
 
     def on_request_event(self, event: RequestEvent) -> None: ...
+
+    def on_training_event(self, event: TrainingEvent) -> None: ...
 
     def on_lost(self, reason: str) -> None: ...
 
@@ -137,7 +152,7 @@ class Supervisor:
         limit = self._step_timeout_seconds if is_step else self._load_timeout_seconds
         return heartbeat.phase_seconds + age > limit
 
-    def send(self, command: Command) -> None:
+    def send(self, command: AnyCommand) -> None:
         """Sends one command to a worker that is ready.
 
         Raises:
@@ -224,7 +239,7 @@ class Supervisor:
                 for event in events:
                     self._handle(event)
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: AnyEvent) -> None:
         match event:
             case Heartbeat():
                 self._heartbeat = (event, time.monotonic())
@@ -241,6 +256,12 @@ class Supervisor:
                     self._refusal = event.detail
             case Accepted() | Piece() | Finished() | Scored() | Failed():
                 self._listener.on_request_event(event)
+            case JobPrepared() | JobRefused() | JobStep() | JobEval() | JobVersion():
+                self._listener.on_training_event(event)
+            case JobPaused() | JobEnded():
+                self._listener.on_training_event(event)
+            case AdapterSaved() | AdapterImported() | AdapterExported() | AdapterFailed():
+                self._listener.on_training_event(event)
             case _ as unreachable:
                 assert_never(unreachable)
 

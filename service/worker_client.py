@@ -128,11 +128,16 @@ class WorkerClient:
     def __init__(self, send: Callable[[Command], None]) -> None:
         self._send = send
         self._inboxes: dict[str, asyncio.Queue[RequestEvent]] = {}
+        self._adapters: dict[str, str] = {}
 
     @property
     def num_in_flight(self) -> int:
         """Requests sent to the worker and not yet closed."""
         return len(self._inboxes)
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a request in flight runs with the adapter of that digest."""
+        return adapter in self._adapters.values()
 
     async def start(self, command: Generate) -> Generation:
         """Sends ``command`` and waits until the worker admits it.
@@ -152,6 +157,8 @@ class WorkerClient:
         self._send(command)
         inbox: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._inboxes[command.request_id] = inbox
+        if command.adapter is not None:
+            self._adapters[command.request_id] = command.adapter
         try:
             first = await inbox.get()
         except BaseException:
@@ -189,6 +196,7 @@ class WorkerClient:
 
     def _close(self, request_id: str, still_running: bool) -> None:
         was_open = self._inboxes.pop(request_id, None) is not None
+        self._adapters.pop(request_id, None)
         if not (was_open and still_running):
             return
         try:

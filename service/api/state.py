@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Protocol, cast
 from fastapi import Depends, Request
 
 from service.adapters import AdapterNames, ServedModel
+from service.jobs.training import Training
 from service.observability import Metrics
 from service.protocol.messages import ServerInfo
 from service.settings import Settings
@@ -44,6 +45,12 @@ class ServiceState:
     view: WorkerView
     metrics: Metrics
     adapters: AdapterNames = field(default_factory=AdapterNames)
+    training: Training | None = None
+
+    def trained(self) -> Training:
+        """Jobs and versions, which every service has; a document of the contract has none."""
+        assert self.training is not None, "this application was made without a data folder"
+        return self.training
 
     def model(self, name: str | None) -> ServedModel:
         """What a request names; the base if it names nothing.

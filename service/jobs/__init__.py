@@ -1,0 +1,1 @@
+"""Fine-tune jobs and the versions of adapters that they make: what must last, and who is told."""
