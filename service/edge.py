@@ -9,7 +9,7 @@ after the body, a disconnect that is, still reaches the application's ``receive`
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from uuid import uuid4
 
 from starlette.middleware import Middleware
@@ -27,12 +27,27 @@ from service.errors import (
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _DIGITS = re.compile(rb"[0-9]{1,19}")
 _LINGER_SECONDS = 1.0
+# What a larger body must have in a piece, on average.
+_LEAST_CHUNK_BYTES = 1024
 
 
 def edge_middleware(
-    *, max_body_bytes: int, body_timeout_seconds: float, max_body_chunks: int = 4096
+    *,
+    max_body_bytes: int,
+    body_timeout_seconds: float,
+    max_body_chunks: int = 4096,
+    max_job_bytes: int | None = None,
+    max_adapter_bytes: int | None = None,
 ) -> list[Middleware]:
-    """The middlewares in their only right order, for ``FastAPI(middleware=...)``."""
+    """The middlewares in their only right order, for ``FastAPI(middleware=...)``.
+
+    Jobs and adapters may be larger than what else is sent.
+    """
+    larger = {}
+    if max_job_bytes is not None:
+        larger["POST", "/finetune"] = max_job_bytes
+    if max_adapter_bytes is not None:
+        larger["PUT", "/adapters/"] = max_adapter_bytes
     return [
         Middleware(RequestId),
         Middleware(UnhandledErrors),
@@ -41,6 +56,7 @@ def edge_middleware(
             max_body_bytes=max_body_bytes,
             body_timeout_seconds=body_timeout_seconds,
             max_body_chunks=max_body_chunks,
+            larger=larger,
         ),
     ]
 
@@ -114,8 +130,10 @@ class BodyGuard:
         max_body_bytes: int,
         body_timeout_seconds: float,
         max_body_chunks: int,
+        larger: Mapping[tuple[str, str], int],
     ) -> None:
         self.app = app
+        self.larger = larger
         self.max_body_bytes = max_body_bytes
         self.body_timeout_seconds = body_timeout_seconds
         self.max_body_chunks = max_body_chunks
@@ -126,9 +144,10 @@ class BodyGuard:
             return
         error: RequestError
         try:
-            self._check_head(scope)
+            max_bytes = self._max_bytes(scope)
+            self._check_head(scope, max_bytes)
             async with asyncio.timeout(self.body_timeout_seconds):
-                body = await self._read(receive)
+                body = await self._read(receive, max_bytes)
         except TimeoutError:
             error = BodyTimeout(f"The body took longer than {self.body_timeout_seconds:g} s.")
         except RequestError as refusal:
@@ -139,7 +158,16 @@ class BodyGuard:
             return
         await _refuse(error, scope, receive, send)
 
-    def _check_head(self, scope: Scope) -> None:
+    def _max_bytes(self, scope: Scope) -> int:
+        """Of a body that goes there. A path that ends in a slash stands for all below it."""
+        method, path = scope["method"], scope["path"]
+        for (known, place), max_bytes in self.larger.items():
+            is_there = path.startswith(place) if place.endswith("/") else path == place
+            if method == known and is_there:
+                return max_bytes
+        return self.max_body_bytes
+
+    def _check_head(self, scope: Scope, max_bytes: int) -> None:
         length = _header(scope, b"content-length")
         is_chunked = _header(scope, b"transfer-encoding") is not None
         if length is not None and is_chunked:
@@ -148,31 +176,35 @@ class BodyGuard:
         if length is not None and not _DIGITS.fullmatch(length):
             raise MalformedJson("Content-Length is not a number of bytes.")
         num_bytes = int(length or 0)
-        if num_bytes > self.max_body_bytes:
-            raise self._too_large()
+        if num_bytes > max_bytes:
+            raise _too_large(max_bytes)
         media_type = _header(scope, b"content-type")
         if media_type is None and num_bytes == 0 and not is_chunked:
             # No body at all: the route says what that means (405, or an empty body).
             return
-        if scope["method"] == "POST" and not _is_json(media_type):
+        if scope["method"] in ("POST", "PATCH") and not _is_type(media_type, b"application/json"):
             raise UnsupportedMediaType("Send the body as application/json.")
+        if scope["method"] == "PUT" and not _is_type(media_type, b"application/octet-stream"):
+            raise UnsupportedMediaType("Send the file as application/octet-stream.")
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, max_bytes: int) -> bytes | None:
         """The whole body, or None if the client left before its end."""
         body = bytearray()
-        for _ in range(self.max_body_chunks):
+        max_chunks = max(self.max_body_chunks, max_bytes // _LEAST_CHUNK_BYTES)
+        for _ in range(max_chunks):
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > self.max_body_bytes:
-                raise self._too_large()
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
             if not message.get("more_body", False):
                 return bytes(body)
-        raise BodyTooLarge(f"The body came in more than {self.max_body_chunks} pieces.")
+        raise BodyTooLarge(f"The body came in more than {max_chunks} pieces.")
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body has more than {self.max_body_bytes} bytes.")
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body has more than {max_bytes} bytes.")
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
@@ -180,8 +212,8 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-def _is_json(media_type: bytes | None) -> bool:
-    return (media_type or b"").partition(b";")[0].strip().lower() == b"application/json"
+def _is_type(media_type: bytes | None, wanted: bytes) -> bool:
+    return (media_type or b"").partition(b";")[0].strip().lower() == wanted
 
 
 def _body_then(body: bytes, receive: Receive) -> Receive:

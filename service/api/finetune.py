@@ -303,7 +303,8 @@ async def _hyperparameters(body: FinetuneRequest, state: ServiceState) -> Hyperp
     info = state.view.info
     assert info is not None, "checked before"
     given = body.model_fields_set
-    layout, rank, alpha, targets = body.layout, body.rank, body.alpha, tuple(body.targets)
+    layout, rank, alpha = body.layout, body.rank, body.alpha
+    targets: tuple[str, ...] = tuple(body.targets)
     if (init := body.init_version()) is not None:
         form = (await state.trained().versions.present(*init)).form
         if form is not None:

@@ -143,7 +143,7 @@ class FinetuneRequest(_Model):
         None, description="What is added is multiplied by alpha / rank; null: the rank."
     )
     targets: list[TargetName] = Field(
-        default_factory=lambda: ["query", "value"],
+        default=["query", "value"],
         min_length=1,
         max_length=7,
         description="Projections that are adapted.",
