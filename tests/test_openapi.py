@@ -17,6 +17,11 @@ SERVICE = ROOT / "service"
 
 # These two are about finding the route, so no route declares them.
 OF_THE_ROUTER = {"not_found", "method_not_allowed"}
+OF_TRAINING = {
+    SERVICE / "api" / "adapters.py",
+    SERVICE / "api" / "finetune.py",
+    *(SERVICE / "jobs").glob("*.py"),
+}
 OF_SCORES = {SERVICE / "api" / "score.py", SERVICE / "worker" / "score_desk.py"}
 
 
@@ -128,7 +133,7 @@ def declared_codes(path: str, method: str) -> set[str]:
 
 
 def test_generate_declares_every_error_that_anything_raises():
-    others = {SERVICE / "api" / "requests.py", *OF_SCORES}
+    others = {SERVICE / "api" / "requests.py", *OF_SCORES, *OF_TRAINING}
     paths = set(SERVICE.rglob("*.py")) - others
     raised = set().union(*(raised_codes(path.read_text()) for path in paths))
 
@@ -138,7 +143,7 @@ def test_generate_declares_every_error_that_anything_raises():
 
 
 def test_score_declares_every_error_that_it_or_anything_shared_raises():
-    others = {SERVICE / "api" / "requests.py", SERVICE / "api" / "generate.py"}
+    others = {SERVICE / "api" / "requests.py", SERVICE / "api" / "generate.py", *OF_TRAINING}
     paths = set(SERVICE.rglob("*.py")) - others
     raised = set().union(*(raised_codes(path.read_text()) for path in paths))
 
@@ -146,6 +151,17 @@ def test_score_declares_every_error_that_it_or_anything_shared_raises():
 
     assert not missing, "name the class in the route's responses; then make openapi"
     assert {"model_not_found", "request_cancelled"} <= raised
+
+
+def test_jobs_and_adapters_declare_between_them_every_error_that_is_theirs():
+    raised = set().union(*(raised_codes(path.read_text()) for path in OF_TRAINING))
+    declared = set()
+    for path, operations in STORED["paths"].items():
+        if path.startswith(("/finetune", "/adapters")):
+            declared |= set().union(*(declared_codes(path, method) for method in operations))
+
+    assert {"job_limit", "storage_full", "adapter_busy", "version_conflict"} <= raised
+    assert raised <= declared
 
 
 def test_a_cancel_declares_every_error_that_its_route_raises():

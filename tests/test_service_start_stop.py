@@ -55,11 +55,17 @@ def test_while_it_loads_it_is_alive_and_not_ready_and_says_how_far_it_is(tmp_pat
 def test_the_api_process_loads_neither_jax_nor_numpy_nor_the_model(tmp_path):
     program = (
         "import sys, service.__main__, service.runtime\n"
+        "from pathlib import Path\n"
         "from service.adapters import AdapterNames\n"
+        "from service.jobs.folders import Folders\n"
+        "from service.jobs.store import Store\n"
+        "from service.jobs.training import DataFiles\n"
         "from service.settings import Settings\n"
         "from service.startup_display import startup_display\n"
-        "parts = (Settings(), 'http://x', startup_display(), AdapterNames())\n"
+        f"files = DataFiles(Store(Path('{tmp_path}/x.sqlite')), Folders(Path('{tmp_path}')))\n"
+        "parts = (Settings(), 'http://x', startup_display(), AdapterNames(), files)\n"
         "service.runtime.Service(*parts).app.openapi()\n"
+        "files.store.close()\n"
         "print(*sys.modules, sep='\\n')\n"
     )
     loaded = {name.partition(".")[0] for name in run(sys.executable, "-c", program).stdout.split()}

@@ -27,6 +27,7 @@ from service.api.schemas import GenerateRequest, GenerateResponse
 from service.api.state import ServiceState, State
 from service.connection import is_stalled
 from service.errors import (
+    AdapterMismatch,
     BodyTimeout,
     BodyTooLarge,
     ContextLengthExceeded,
@@ -79,6 +80,7 @@ _TENANT = "default"
             ModelNotFound,
             NotAcceptable,
             BodyTimeout,
+            AdapterMismatch,
             BodyTooLarge,
             UnsupportedMediaType,
             InvalidField,

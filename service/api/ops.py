@@ -111,6 +111,12 @@ def _limits(state: State, context_tokens: int, vocabulary_size: int) -> dict[str
         "queue_requests": settings.queue_requests,
         "queue_tokens": settings.queue_tokens,
         "body_bytes": settings.body_bytes,
+        "job_rows": settings.job_rows,
+        "job_steps": settings.job_steps,
+        "running_jobs": settings.running_jobs,
+        "queued_jobs": settings.queued_jobs,
+        "job_body_bytes": settings.job_body_bytes,
+        "adapter_body_bytes": settings.adapter_body_bytes,
         "timeout_s": settings.request_timeout_seconds,
         **schemas.field_limits(),
     }

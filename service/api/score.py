@@ -36,6 +36,7 @@ from service.api.score_schemas import (
 )
 from service.api.state import ServiceState, State
 from service.errors import (
+    AdapterMismatch,
     BodyTimeout,
     BodyTooLarge,
     ContextLengthExceeded,
@@ -83,6 +84,7 @@ _TENANT = "default"
     response_model=ScoreResponse,
     response_model_exclude_unset=True,
     responses=error_responses(
+        AdapterMismatch,
         MalformedJson,
         ModelNotFound,
         NotAcceptable,
