@@ -130,10 +130,10 @@ class BodyGuard:
         max_body_bytes: int,
         body_timeout_seconds: float,
         max_body_chunks: int,
-        larger: Mapping[tuple[str, str], int],
+        larger: Mapping[tuple[str, str], int] | None = None,
     ) -> None:
         self.app = app
-        self.larger = larger
+        self.larger = larger or {}
         self.max_body_bytes = max_body_bytes
         self.body_timeout_seconds = body_timeout_seconds
         self.max_body_chunks = max_body_chunks
@@ -190,7 +190,9 @@ class BodyGuard:
     async def _read(self, receive: Receive, max_bytes: int) -> bytes | None:
         """The whole body, or None if the client left before its end."""
         body = bytearray()
-        max_chunks = max(self.max_body_chunks, max_bytes // _LEAST_CHUNK_BYTES)
+        max_chunks = self.max_body_chunks
+        if max_bytes > self.max_body_bytes:
+            max_chunks = max(max_chunks, max_bytes // _LEAST_CHUNK_BYTES)
         for _ in range(max_chunks):
             message = await receive()
             if message["type"] == "http.disconnect":
