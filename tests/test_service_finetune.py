@@ -1,0 +1,123 @@
+"""Fine-tune jobs over real processes, on the arithmetic engine: API, worker, database, files."""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from functools import partial
+
+import pytest
+
+from tests.service_process import events, eventually, running_service
+from tests.test_service_adapters import served
+
+ROWS = [{"token_ids": [1, 2, 3 + index]} for index in range(6)]
+JOB = {
+    "adapter": "tone",
+    "data": ROWS,
+    "validation": [{"token_ids": [4, 5]}],
+    "steps": 30,
+    "batch_size": 2,
+    "publish": {"every": 5},
+    "seed": 7,
+}
+WEIGHTS = "/adapters/tone/versions/{}/weights?format=keras"
+
+
+def post(service, **fields):
+    response = service.client.post("/finetune", json={**JOB, **fields})
+    assert response.status_code == 202, response.text
+    return response.json()["id"]
+
+
+def job(service, job_id):
+    return service.get(f"/finetune/{job_id}").json()
+
+
+def has_succeeded(service, job_id):
+    return eventually(lambda: job(service, job_id)["status"] == "succeeded", 30)
+
+
+def told(service, job_id):
+    """Its events to the end."""
+    headers = {"Accept": "text/event-stream"}
+    with service.client.stream("GET", f"/finetune/{job_id}/events", headers=headers) as response:
+        return [each for each in events(response.iter_lines()) if each["event"] != ":"]
+
+
+def test_a_job_is_followed_to_its_end_and_its_versions_answer(tmp_path):
+    with running_service(tmp_path) as service:
+        job_id = post(service)
+        found = told(service, job_id)
+        assert found[-1]["event"] == "done", service.log
+        steps = [each["data"]["step"] for each in found if each["event"] == "step"]
+        versions = [each["data"]["version"] for each in found if each["event"] == "version"]
+        assert (steps, versions) == (list(range(1, 31)), list(range(1, 7)))
+        adapter = service.get("/adapters/tone").json()
+        assert adapter["live"] == 6
+        answers = {
+            model: service.generate([1, 2], max_tokens=1, model=model).json()
+            for model in ("gemma", "gemma:tone", "gemma:tone@6")
+        }
+        assert answers["gemma:tone"]["model"] == "gemma:tone@6"
+        tokens = {model: each["outputs"][0]["token_ids"] for model, each in answers.items()}
+        assert tokens["gemma"] == [3] != tokens["gemma:tone"] == tokens["gemma:tone@6"]
+
+
+def test_a_job_that_is_cancelled_stays_so(tmp_path):
+    with running_service(tmp_path, ARITHMETIC_SLICE_SECONDS="0.02") as service:
+        job_id = post(service, steps=10_000)
+        assert eventually(lambda: job(service, job_id)["step"] > 0, 20)
+        assert service.client.post(f"/finetune/{job_id}/cancel").json()["status"] == "cancelled"
+        assert told(service, job_id)[-1]["data"]["status"] == "cancelled"
+        assert eventually(lambda: not list((tmp_path / "checkpoints").iterdir()))
+
+
+def final_weights(service, job_id):
+    assert has_succeeded(service, job_id), service.log
+    version = job(service, job_id)["version"]
+    return hashlib.sha256(service.get(WEIGHTS.format(version)).content).hexdigest()
+
+
+def is_back(service, num_deaths):
+    return service.metric("gemma_worker_restarts_total") == num_deaths and service.is_ready()
+
+
+@pytest.mark.parametrize("killed", ["worker", "service"])
+def test_the_last_bytes_are_the_same_after_three_kills(tmp_path, killed):
+    slow = {"ARITHMETIC_SLICE_SECONDS": "0.02"}
+    with running_service(tmp_path / "whole") as service:
+        whole = final_weights(service, post(service))
+    chance = random.Random(5)
+    options = ["--checkpoint-seconds=0.1"]
+    directory = tmp_path / "killed"
+    if killed == "worker":
+        with running_service(directory, *options, **slow) as service:
+            job_id = post(service)
+            for num_deaths in range(3):
+                time.sleep(chance.uniform(0.1, 0.6))
+                service.worker().kill()
+                assert eventually(partial(is_back, service, num_deaths + 1), 20)
+            assert final_weights(service, job_id) == whole
+        return
+    with running_service(directory, *options, **slow) as service:
+        job_id = post(service)
+        time.sleep(chance.uniform(0.1, 0.6))
+        os.kill(service.process.pid, signal.SIGKILL)
+    for _ in range(2):
+        with running_service(directory, *options, **slow) as service:
+            assert job(service, job_id)["status"] in ("running", "queued", "succeeded")
+            time.sleep(chance.uniform(0.1, 0.6))
+            os.kill(service.process.pid, signal.SIGKILL)
+    with running_service(directory, *options, **slow) as service:
+        assert final_weights(service, job_id) == whole
+        steps = [each["data"]["step"] for each in told(service, job_id) if each["event"] == "step"]
+        assert steps == list(range(1, 31))
+
+
+def test_a_database_that_is_damaged_ends_the_start_with_one_line(tmp_path):
+    tmp_path.joinpath("service.sqlite").write_bytes(b"no database" * 1000)
+    status, lines = served(tmp_path)
+    assert (status, len(lines)) == (65, 1)
+    assert "service.sqlite cannot be read" in lines[0]
