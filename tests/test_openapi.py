@@ -21,6 +21,8 @@ OF_TRAINING = {
     SERVICE / "api" / "adapters.py",
     SERVICE / "api" / "finetune.py",
     *(SERVICE / "jobs").glob("*.py"),
+    SERVICE / "worker" / "adapter_files.py",
+    SERVICE / "worker" / "training_preparation.py",
 }
 OF_SCORES = {SERVICE / "api" / "score.py", SERVICE / "worker" / "score_desk.py"}
 
