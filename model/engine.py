@@ -31,6 +31,7 @@ from model.engine_adapters import EngineAdapters
 from model.engine_programs import ProgramSet, row_buckets
 from model.errors import RequestInvalid, SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.finetune.engine_trainer import engine_trainer
+from model.freed_memory import give_back_freed_memory
 from model.gemma import kv_cache
 from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
@@ -333,6 +334,7 @@ class GemmaEngine:
         self._attributions.warm_up()
         if self.trainer is not None:
             self.trainer.warm_up()
+        give_back_freed_memory()
 
     def begin(self, slot: int, token_ids: Sequence[int]) -> None:
         """Gives a slot to a prompt."""

@@ -6,6 +6,7 @@ Programs, made and tried with those of the engine: ``train_forward[tokens]`` and
 layer, from the last to the first, as soon as they are there.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -134,6 +135,27 @@ class MicroBatches:
         loss = partial(loss_and_derivative, self._config)
         given_loss = (self._weights.embeddings, norm, x, ids, sums)
         yield ProgramSpec("train_loss", loss, given_loss)
+
+    def warm_up(self, size: int, adapter: Adapter) -> tuple[float, float]:
+        """Runs every program of a size; seconds of all blocks there and back, and of the head.
+
+        One block is run for all: they share their programs. The second run is timed, as the first
+        one also makes room.
+        """
+        row = TrainingRow((0,) * size, (False,) * (size - HEAD_PLACES) + (True,) * HEAD_PLACES)
+        batch = MicroBatch([row], [adapter], [0], wants_gradient=True)
+        rows, tiles, ids = _layout(batch.rows, size)
+        x, pairs = self._embedded(ids), self._pairs(batch, 0, size)
+        forward, backward = (self._programs[f"train_{way}[{size}]"] for way in _WAYS)
+        given = (self._weights.blocks[0], self._traits[0], x, rows, tiles(batch), pairs)
+        for _ in range(2):
+            began = time.monotonic()
+            after, kept = forward(*given)
+            jax.block_until_ready(backward(*given, kept, after))
+            there_and_back = time.monotonic() - began
+        for _ in self._head(batch, np.asarray(x)[0]):
+            pass
+        return there_and_back * len(self._weights.blocks), time.monotonic() - began - there_and_back
 
     def run(self, batch: MicroBatch, take: TakeGradient) -> Generator[None, None, Losses]:
         """Losses of every row; derivatives go to ``take``. Yields after each piece."""

@@ -72,8 +72,9 @@ class SlicedTrainer:
         self._events: list[TrainingEvent] = []
         self._running: Generator[None, None, None] | None = None
         self._chosen: Chosen = []
-        # Seconds of a micro-batch there and back, and of a group of places in the head.
+        # Of a micro-batch through all blocks and back, and of a group of places in the head.
         self._seconds = dict.fromkeys(MICRO_BATCH_TOKENS, 0.0)
+        self._head_seconds = 0.0
 
     @property
     def num_jobs(self) -> int:
@@ -81,17 +82,11 @@ class SlicedTrainer:
         return len(self._jobs) - len(self._ended)
 
     def warm_up(self) -> None:
-        """Runs every program, and takes the time of each micro-batch."""
+        """Runs every program, and takes the times of which estimates are made."""
         form = LoraForm("keras", 1, 1.0, ("query",))
         adapter = first_adapter(self._config, form, 0).for_bank(self._config)
         for size in MICRO_BATCH_TOKENS:
-            trained = (False,) * (size - HEAD_PLACES) + (True,) * HEAD_PLACES
-            batch = MicroBatch([TrainingRow((0,) * size, trained)], [adapter], [0], True)
-            for _ in range(2):
-                began = time.monotonic()
-                for _ in self._batches.run(batch, lambda *_: None):
-                    pass
-                self._seconds[size] = time.monotonic() - began
+            self._seconds[size], self._head_seconds = self._batches.warm_up(size, adapter)
 
     def estimate(self, plan: TrainingPlan) -> TrainingEstimate:
         """From steps at the beginning, each by itself."""
@@ -102,9 +97,10 @@ class SlicedTrainer:
             num_tokens += tokens
             if step <= _ESTIMATED_STEPS:
                 seen += tokens
-                for size in _sizes(rows):
+                for size, num_trained in _micro_batches(rows):
                     padded += size
-                    seconds += self._seconds[size]
+                    num_groups = -(-num_trained // HEAD_PLACES)
+                    seconds += self._seconds[size] + num_groups * self._head_seconds
         scale = num_tokens / max(seen, 1)
         return TrainingEstimate(num_tokens, round(padded * scale), seconds * scale)
 
@@ -282,10 +278,12 @@ def _jobs_of(chosen: Chosen) -> list[Job]:
     return jobs
 
 
-def _sizes(rows: Sequence[TrainingRow]) -> list[int]:
-    """Of the micro-batches of a step, if nobody shares them."""
-    sizes = []
+def _micro_batches(rows: Sequence[TrainingRow]) -> list[tuple[int, int]]:
+    """Size and trained tokens of each micro-batch of a step, if nobody shares them."""
+    found = []
     for size in MICRO_BATCH_TOKENS:
-        tokens = sum(room_of(row) for row in rows if size_of(row) == size)
-        sizes += [size] * -(-tokens // size)
-    return sizes
+        own = [row for row in rows if size_of(row) == size]
+        count = -(-sum(map(room_of, own)) // size)
+        num_trained = sum(sum(row.is_trained) for row in own)
+        found += [(size, -(-num_trained // count))] * count
+    return found
