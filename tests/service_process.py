@@ -102,6 +102,11 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     assert event == {}, "the stream ends in the middle of an event"
 
 
+def own_environment() -> dict[str, str]:
+    """That of this process, but for what only tests know: a service would warn of the name."""
+    return {name: value for name, value in os.environ.items() if name != "GEMMA_TEST_CACHE_DIR"}
+
+
 @contextlib.contextmanager
 def running_service(
     directory: Path, *options: str, is_ready: bool = True, **environment: str
@@ -116,7 +121,7 @@ def running_service(
         process = subprocess.Popen(
             command(directory, *options),
             cwd=REPOSITORY,
-            env={**os.environ, **environment},
+            env={**own_environment(), **environment},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

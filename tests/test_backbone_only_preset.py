@@ -14,6 +14,7 @@ from model.presets.resolve import open_preset
 from model.slots import TextCodec
 from tests import goldens, hf_directories
 from tests.service_process import eventually, running_service
+from tests.test_company import SERVED_AS_LOADED
 
 GEMMA1 = goldens.preset_directory("gemma1_tiny")
 # What keras-hub 0.32 writes for a backbone; a task without a preprocessor adds task.json.
@@ -106,7 +107,7 @@ def test_no_text_can_be_encoded_without_a_tokenizer():
 def service(tmp_path_factory, cache_dir):
     directory = tmp_path_factory.mktemp("backbone_only")
     preset = save_backbone(directory / "backbone")
-    options = ["--slots=4", "--context-tokens=1024", f"--cache-dir={cache_dir}"]
+    options = [*SERVED_AS_LOADED, f"--cache-dir={cache_dir}"]
     with running_service(
         directory / "data",
         "--engine=model.engine:load",

@@ -20,6 +20,11 @@ from tests.service_process import eventually, running_service
 NUM_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_ANSWERS", "500"))
 NUM_REAL_ANSWERS = int(os.environ.get("GEMMA_CAMPAIGN_REAL_ANSWERS", "20"))
 CONTEXT_TOKENS = 2304
+# As `engine_of` of conftest.py loads it, so that both have the same programs.
+SERVED_AS_LOADED = (
+    *("--slots=4", "--context-tokens=1024"),
+    *("--adapter-slots=4", "--adapter-max-rank=8"),
+)
 CACHED_TOKENS = 'gemma_prefix_cached_tokens_total{adapter="base"}'
 # What many prompts begin with, as a system prompt would be.
 SHARED = random.Random(1).choices(range(12, 512), k=2100)
@@ -35,9 +40,12 @@ def real_engine(directory, cache_dir, *options, **environment):
 
 
 def tiny_service(directory, cache_dir, *options, **environment):
-    """The real engine on the tiny preset: four slots, so that most requests wait and mix."""
+    """The real engine on the tiny preset: four slots, so that most requests wait and mix.
+
+    All tests that use it share its programs; two slots for adapters, so that three come and go.
+    """
     context = f"--context-tokens={CONTEXT_TOKENS}"
-    words = ("--preset=tiny", "--slots=4", context, *options)
+    words = ("--preset=tiny", "--slots=4", "--adapter-slots=2", context, *options)
     return real_engine(directory, cache_dir, *words, **environment)
 
 

@@ -130,10 +130,9 @@ def compile_lines(log):
 @pytest.fixture(scope="module")
 def logging_service(tmp_path_factory, cache_dir):
     directory = tmp_path_factory.mktemp("logging")
-    # More adapters than slots: they come and go.
+    # More adapters than slots.
     options = [f"--adapter={name}={lora_file(directory, name)}" for name in NAMES]
-    slots = "--adapter-slots=2"
-    with tiny_service(directory, cache_dir, slots, *options, JAX_LOG_COMPILES="1") as running:
+    with tiny_service(directory, cache_dir, *options, JAX_LOG_COMPILES="1") as running:
         yield running
 
 

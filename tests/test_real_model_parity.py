@@ -34,7 +34,8 @@ _CLEAR_MARGIN = 0.02
 @pytest.fixture(scope="module")
 def engine(cache_dir):
     # As the service loads it by default, so that its programs are compiled once for all tests.
-    return load(EngineOptions("gemma3_270m", 8, 4096, cache_dir), no_progress)
+    bank = {"adapter_slots": 16, "adapter_max_rank": 16}
+    return load(EngineOptions("gemma3_270m", 8, 4096, cache_dir, **bank), no_progress)
 
 
 @pytest.fixture(scope="module")

@@ -241,7 +241,7 @@ def test_a_damaged_lora_file_is_status_65_and_one_line_that_names_it(tmp_path, c
     path.write_bytes(path.read_bytes()[:2000])
     # With the programs of the test before.
     words = ("--engine=model.engine:load", "--preset=tiny", f"--cache-dir={cache_dir}")
-    limits = ("--slots=4", f"--context-tokens={CONTEXT_TOKENS}")
+    limits = ("--slots=4", "--adapter-slots=2", f"--context-tokens={CONTEXT_TOKENS}")
     returned, lines = served(tmp_path / "service", *words, *limits, f"--adapter=cut={path}")
     assert (returned, len(lines)) == (65, 1)
     assert f"{path} is not a .lora.h5 file" in lines[0]

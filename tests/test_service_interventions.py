@@ -12,7 +12,7 @@ from service.api import intervention_schemas
 from service.worker import interventions as worker_interventions
 from tests import goldens
 from tests.service_process import running_service
-from tests.test_company import real_engine
+from tests.test_company import SERVED_AS_LOADED, real_engine
 
 NAME = "gemma2_tiny"
 WIDTH, LAYERS = 48, 3
@@ -29,7 +29,7 @@ def service(tmp_path_factory):
 def gemma(tmp_path_factory, cache_dir):
     directory = tmp_path_factory.mktemp("gemma")
     preset = f"--preset={goldens.preset_directory(NAME)}"
-    with real_engine(directory, cache_dir, preset, "--slots=4", "--context-tokens=512") as running:
+    with real_engine(directory, cache_dir, preset, *SERVED_AS_LOADED) as running:
         yield running
 
 

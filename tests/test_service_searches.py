@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.service_process import eventually, running_service
+from tests.test_company import tiny_service
 from tests.test_searches import beam_sampler, by_the_library, contrastive_sampler, random_tokens
 from tests.test_worker_searches import best_beams, chosen_tokens
 
@@ -17,17 +18,8 @@ NUM_TOKENS = 12
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, cache_dir):
     """The real engine, four slots, so that searches wait for one another."""
-    with running_service(
-        tmp_path_factory.mktemp("searches"),
-        "--engine=model.engine:load",
-        "--preset=tiny",
-        f"--cache-dir={cache_dir}",
-        "--slots=4",
-        "--context-tokens=768",
-        "--ping-seconds=0.01",
-        is_ready=False,
-    ) as running:
-        assert eventually(running.is_ready, 120), running.log
+    directory = tmp_path_factory.mktemp("searches")
+    with tiny_service(directory, cache_dir, "--ping-seconds=0.01") as running:
         yield running
 
 

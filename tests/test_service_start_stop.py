@@ -13,7 +13,14 @@ import pytest
 
 from service.settings import Settings
 from tests.goldens import preset_directory
-from tests.service_process import REPOSITORY, command, eventually, has_ended, running_service
+from tests.service_process import (
+    REPOSITORY,
+    command,
+    eventually,
+    has_ended,
+    own_environment,
+    running_service,
+)
 
 SLOW_STEPS = {"ARITHMETIC_STEP_SECONDS": "0.05"}
 
@@ -23,7 +30,7 @@ def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         words,
         cwd=REPOSITORY,
-        env={**os.environ, **environment},
+        env={**own_environment(), **environment},
         capture_output=True,
         text=True,
         timeout=60,
