@@ -75,12 +75,12 @@ def test_after_a_kill_at_any_call_the_newest_is_what_was_told_or_the_one_being_w
         told, status = killed_writer(folder, fatal)
         assert status == -signal.SIGKILL
         last = int(told[-1]) if told else 0
-        found = newest_checkpoint(folder)
+        found = newest_checkpoint(folder, 100)
         expected = {content_of(step) if step else None for step in (last, last + 1)}
         assert found in expected, f"killed before call {fatal}, {names[fatal - 1]}"
         # And it goes on from there.
         write_checkpoint(folder, 9, content_of(9))
-        assert newest_checkpoint(folder) == content_of(9)
+        assert newest_checkpoint(folder, 100) == content_of(9)
         assert not list(folder.glob("*.partial"))
 
 
@@ -101,9 +101,9 @@ def test_one_that_is_damaged_is_passed_over_for_the_one_before(tmp_path, damage)
             manifest.write_text("{")
         case "manifest gone":
             manifest.unlink()
-    assert newest_checkpoint(tmp_path) == content_of(2)
+    assert newest_checkpoint(tmp_path, 1000) == content_of(2)
     write_checkpoint(tmp_path, 3, b"again")
-    assert newest_checkpoint(tmp_path) == b"again"
+    assert newest_checkpoint(tmp_path, 1000) == b"again"
 
 
 def test_the_last_two_are_kept_and_nothing_else(tmp_path):
@@ -114,14 +114,21 @@ def test_the_last_two_are_kept_and_nothing_else(tmp_path):
     assert names[0] == "00000030.checkpoint"
     # Step 400 was damaged, say, and the job went on from 30.
     write_checkpoint(tmp_path, 31, content_of(31))
-    assert newest_checkpoint(tmp_path) == content_of(31)
+    assert newest_checkpoint(tmp_path, 1000) == content_of(31)
+
+
+def test_the_newest_is_none_of_a_later_step_than_is_remembered(tmp_path):
+    for step in (4, 9):
+        write_checkpoint(tmp_path, step, content_of(step))
+    newest = {last: newest_checkpoint(tmp_path, last) for last in (3, 4, 8, 9, 10)}
+    assert newest == {3: None, 4: b"4 " * 1000, 8: b"4 " * 1000, 9: b"9 " * 1000, 10: b"9 " * 1000}
 
 
 def test_a_folder_without_any_has_none(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path, 1000) is None
+    assert newest_checkpoint(tmp_path / "none", 1000) is None
     (tmp_path / "00000001.checkpoint").write_bytes(b"never finished")
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path, 1000) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,7 +148,7 @@ except OSError as error:
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout == "True\n"
-    assert newest_checkpoint(tmp_path) == b"small"
+    assert newest_checkpoint(tmp_path, 1000) == b"small"
     assert len(list(tmp_path.iterdir())) == 2
 
 

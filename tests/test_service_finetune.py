@@ -116,6 +116,24 @@ def test_the_last_bytes_are_the_same_after_three_kills(tmp_path, killed):
         assert steps == list(range(1, 31))
 
 
+def test_what_the_worker_did_while_nobody_listened_is_told_again_after_a_kill(tmp_path):
+    slow = {"ARITHMETIC_SLICE_SECONDS": "0.02"}
+    options = ["--checkpoint-seconds=0"]
+    with running_service(tmp_path, *options, **slow) as service:
+        job_id = post(service)
+        assert eventually(lambda: job(service, job_id)["step"] >= 3)
+        os.kill(service.process.pid, signal.SIGSTOP)
+        folder = tmp_path / "checkpoints" / job_id
+        assert eventually(lambda: max(folder.glob("*.checkpoint")).stem >= "00000012")
+        os.kill(service.process.pid, signal.SIGKILL)
+    with running_service(tmp_path, *options) as service:
+        found = told(service, job_id)
+        steps = [each["data"]["step"] for each in found if each["event"] == "step"]
+        assert steps == list(range(1, 31))
+        versions = [each["data"]["step"] for each in found if each["event"] == "version"]
+        assert versions == [5, 10, 15, 20, 25, 30]
+
+
 def test_a_database_that_is_damaged_ends_the_start_with_one_line(tmp_path):
     tmp_path.joinpath("service.sqlite").write_bytes(b"no database" * 1000)
     status, lines = served(tmp_path)

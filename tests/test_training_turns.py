@@ -20,6 +20,7 @@ from service.worker.loop_status import LoopStatus
 from service.worker.pace import Pace
 from service.worker.scheduler import PrefillLimits, Scheduler
 from service.worker.training_desk import PreparedJob, TrainingDesk
+from service.worker.training_plan import MAX_STEPS
 from service.worker.training_share import TrainingShare
 from service.worker.training_turns import TrainingTurns
 from service.worker.work_done import WorkDone
@@ -77,7 +78,7 @@ class TrainingWorker:
         )  # fmt: skip
         estimate = self.engine.trainer.estimate(plan)
         self.arrivals.put(PreparedJob(plan, estimate))
-        self.arrivals.put(StartJob(job, str(self.directory / job), publish_every))
+        self.arrivals.put(StartJob(job, str(self.directory / job), publish_every, MAX_STEPS))
 
     def generate(self, command):
         request, _ = self.admission.admit(command)

@@ -7,6 +7,7 @@ trainer.
 import math
 import random
 import resource
+import shutil
 import time
 from dataclasses import replace
 
@@ -46,6 +47,7 @@ from service.protocol.training import (
     TextRow,
 )
 from service.worker.adapter_store import digest_of
+from service.worker.training_plan import MAX_STEPS
 from tests.fakes.arithmetic_engine import EXIT
 from tests.fakes.arithmetic_trainer import LOSS_NOT_FINITE, adapter_bytes, number_after
 from tests.worker_process import FORM, prepare, running_worker
@@ -98,7 +100,7 @@ def trained(worker, command, folder, publish_every=1000):
     """Lets a job run to its end; its last version."""
     worker.send(command)
     worker.wait(JobPrepared)
-    worker.send(StartJob(command.job_id, str(folder), publish_every))
+    worker.send(StartJob(command.job_id, str(folder), publish_every, MAX_STEPS))
     worker.wait(JobEnded)
     return worker.events_of(JobVersion)[-1]
 
@@ -112,7 +114,7 @@ def test_a_job_trains_and_every_version_answers_as_soon_as_it_is_told(tmp_path):
         assert (prepared.num_steps, prepared.num_tokens) == (9, 3 * (7 + 7 + 2))
         assert prepared.num_padded_tokens == 8 * (7 + 7 + 2)
         assert [row.loss_mask for row in prepared.first_rows] == [(0, 1, 1)] * 4
-        worker.send(StartJob("a", str(tmp_path / "a"), 4))
+        worker.send(StartJob("a", str(tmp_path / "a"), 4, MAX_STEPS))
         for number, step in enumerate((4, 8, 9)):
             version = worker.had(JobVersion, lambda event, step=step: event.step == step)
             assert version.is_last == (step == 9)
@@ -136,7 +138,7 @@ def test_a_job_killed_at_three_moments_ends_with_the_bytes_of_one_that_was_not(t
         with running_worker(**environment) as worker:
             worker.send(command)
             worker.wait(JobPrepared)
-            worker.send(StartJob("a", str(tmp_path / "killed"), 1000))
+            worker.send(StartJob("a", str(tmp_path / "killed"), 1000, MAX_STEPS))
             resumed_at.append(worker.wait(JobStep).step)
             time.sleep(draw.uniform(0.02, 0.12))
             worker.kill()
@@ -146,13 +148,46 @@ def test_a_job_killed_at_three_moments_ends_with_the_bytes_of_one_that_was_not(t
     assert resumed_at == sorted(set(resumed_at)), "each goes on from a later checkpoint"
 
 
+def test_what_a_step_led_to_is_told_again_from_the_last_step_that_is_remembered(tmp_path):
+    command = prepare("a", *ROWS, steps=9, validation=(IdsRow((0, 5)),))
+    # Seven rows, two a step: an epoch ends with steps 4 and 8.
+    with running_worker(ARITHMETIC_SLICE_SECONDS="0.02") as worker:
+        worker.send(command)
+        worker.wait(JobPrepared)
+        worker.send(StartJob("a", str(tmp_path / "a"), 2, 0))
+        worker.wait(JobEnded)
+        told = [each for each in worker.events if isinstance(each, JobStep | JobEval | JobVersion)]
+    older, newer = sorted(int(path.stem) for path in (tmp_path / "a").glob("*.checkpoint"))
+    for remembered, first in ((newer, newer), (newer - 1, older), (older - 1, 0)):
+        folder = tmp_path / str(remembered)
+        shutil.copytree(tmp_path / "a", folder)
+        with running_worker() as worker:
+            worker.send(command)
+            worker.wait(JobPrepared)
+            worker.send(StartJob("a", str(folder), 2, remembered))
+            worker.wait(JobEnded)
+            again = worker.events_of(JobStep | JobEval | JobVersion)
+        since = [each for each in told if each.step >= first]
+        assert same(again) == same(
+            each for each in since if each.step > first or not isinstance(each, JobStep)
+        )
+
+
+def same(events):
+    """What is the same whenever it is told, in whatever order a step's version and loss are."""
+    facts = {JobStep: "loss", JobEval: "valid_loss", JobVersion: "digest"}
+    return {(type(each), each.step, getattr(each, facts[type(each)])) for each in events}
+
+
 def test_four_jobs_together_end_as_each_alone(tmp_path):
     commands = [prepare(f"j{number}", *ROWS[number:], steps=12, seed=number) for number in range(4)]
     with running_worker() as worker:
         worker.send(*commands)
         for _ in commands:
             worker.wait(JobPrepared)
-        worker.send(*(StartJob(each.job_id, str(tmp_path / each.job_id), 0) for each in commands))
+        worker.send(
+            *(StartJob(each.job_id, str(tmp_path / each.job_id), 0, MAX_STEPS) for each in commands)
+        )
         for _ in commands:
             worker.wait(JobEnded)
         found = {each.job_id: each.digest for each in worker.events_of(JobVersion)}
@@ -237,12 +272,12 @@ def test_a_cancelled_job_ends_once_and_one_that_was_only_prepared_is_forgotten(t
     with running_worker(ARITHMETIC_SLICE_SECONDS="0.01") as worker:
         worker.send(prepare("a", *ROWS, steps=1000), prepare("b", *ROWS))
         worker.wait(JobPrepared, lambda event: event.job_id == "b")
-        worker.send(StartJob("a", str(tmp_path / "a"), 0), CancelJob("b"))
+        worker.send(StartJob("a", str(tmp_path / "a"), 0, MAX_STEPS), CancelJob("b"))
         worker.wait(JobStep)
         worker.send(CancelJob("a"), CancelJob("a"), CancelJob("none"))
         ended = worker.wait(JobEnded)
         assert (ended.end, ended.code) == ("cancelled", "cancelled")
-        worker.send(StartJob("b", str(tmp_path / "b"), 0))
+        worker.send(StartJob("b", str(tmp_path / "b"), 0, MAX_STEPS))
         assert worker.wait(JobEnded).end == "failed"
         assert len(worker.events_of(JobEnded)) == 2
         assert worker.events_of(JobVersion) == []
@@ -253,7 +288,7 @@ def test_a_loss_that_is_no_number_fails_the_job_and_no_other(tmp_path):
         bad = prepare("a", *ROWS, IdsRow((0, LOSS_NOT_FINITE)), steps=20)
         worker.send(bad, prepare("b", *ROWS, steps=20))
         worker.wait(JobPrepared, lambda event: event.job_id == "b")
-        worker.send(*(StartJob(each, str(tmp_path / each), 1) for each in "ab"))
+        worker.send(*(StartJob(each, str(tmp_path / each), 1, MAX_STEPS) for each in "ab"))
         ends = {event.job_id: event for event in (worker.wait(JobEnded), worker.wait(JobEnded))}
         assert (ends["a"].end, ends["a"].code) == ("failed", "non_finite_loss")
         assert ends["b"].end == "succeeded"
@@ -268,7 +303,7 @@ def test_a_job_without_room_for_its_checkpoint_is_paused_and_goes_on_when_there_
         # No file may grow beyond a byte: what a full disk is to a write.
         unlimited = resource.RLIM_INFINITY
         resource.prlimit(worker.process.pid, resource.RLIMIT_FSIZE, (1, unlimited))
-        worker.send(StartJob("a", str(tmp_path / "a"), 0))
+        worker.send(StartJob("a", str(tmp_path / "a"), 0, MAX_STEPS))
         paused = worker.wait(JobPaused)
         assert "no room" in paused.detail
         assert worker.events_of(JobEnded) == []
@@ -287,7 +322,7 @@ def test_a_folder_that_cannot_be_written_fails_the_job(tmp_path):
     with running_worker() as worker:
         worker.send(prepare("a", *ROWS, steps=5))
         worker.wait(JobPrepared)
-        worker.send(StartJob("a", str(tmp_path / "file" / "a"), 0))
+        worker.send(StartJob("a", str(tmp_path / "file" / "a"), 0, MAX_STEPS))
         ended = worker.wait(JobEnded)
         assert (ended.end, ended.code) == ("failed", "storage_error")
 
@@ -314,7 +349,7 @@ def test_what_kills_the_worker_while_it_trains_and_serves_loses_no_checkpoint(tm
     with running_worker(ARITHMETIC_SLICE_SECONDS="0.004") as worker:
         worker.send(command)
         worker.wait(JobPrepared)
-        worker.send(StartJob("a", str(tmp_path / "a"), 0))
+        worker.send(StartJob("a", str(tmp_path / "a"), 0, MAX_STEPS))
         worker.wait(JobStep, lambda event: event.step == 10)
         worker.send(generate("r", (1, EXIT)))
         assert worker.process.wait(10) == 3

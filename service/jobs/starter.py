@@ -94,7 +94,7 @@ class Starter:
         known.is_prepared = known.is_started = True
         publish_every = record.publish or record.num_steps
         folder = str(self._open.folders.checkpoint(job_id))
-        self._calls.send(StartJob(job_id, folder, publish_every))
+        self._calls.send(StartJob(job_id, folder, publish_every, record.step))
 
 
 def _command_of_open(db: sqlite3.Connection, job_id: str) -> PrepareJob | None:

@@ -8,7 +8,9 @@ The life of a job::
 
 Between `JobPrepared` and `StartJob` the API process makes the record durable; a job that is not
 started is forgotten by `CancelJob`. After a restart both commands are sent again and the worker
-goes on from its last checkpoint, to the same bits; steps that were told already are told again.
+goes on from its last checkpoint, to the same bits. What it had told and the API process had not
+made durable is told again: it goes on from a step that is remembered, never from a later one, so
+that steps, measurements and versions may be told twice.
 
 A version is named by the digest of its file's bytes. It can be asked for from its `JobVersion` on,
 out of memory; `SaveAdapter` makes it last, `ForgetAdapter` lets go of it.
@@ -116,11 +118,13 @@ class StartJob(Message, frozen=True):
         job_id: Which.
         folder: For its checkpoints; if one is there, the job goes on from it.
         publish_every: Steps from one version to the next; the last step makes one too. 0: none.
+        last_step: That is remembered; a checkpoint of a later one is passed over.
     """
 
     job_id: str
     folder: str
     publish_every: int
+    last_step: int
 
 
 class CancelJob(Message, frozen=True):

@@ -1,7 +1,8 @@
 """Checkpoints of one job, in a folder of its own: records named by their step.
 
-The last two are kept, so that one that is damaged has another before it. All of this is done by a
-thread that calls no model; see `service.worker.file_work`.
+The last two are kept, so that one that is damaged, or of a step that nobody else remembers, has
+another before it. All of this is done by a thread that calls no model; see
+`service.worker.file_work`.
 """
 
 import errno
@@ -38,21 +39,25 @@ def write_checkpoint(folder: Path, step: int, content: bytes) -> None:
     """
     write_record(folder, _name(step), content)
     names = _names(folder)
-    # One of a later step was damaged, or this would not be written.
+    # One of a later step was damaged or forgotten, or this would not be written.
     kept = [name for name in names if name <= _name(step)][-NUM_KEPT:]
     for name in names:
         if name not in kept:
             remove_record(folder / name)
 
 
-def newest_checkpoint(folder: Path) -> bytes | None:
-    """The newest that is whole; None if there is none. Removes what was never finished.
+def newest_checkpoint(folder: Path, last_step: int) -> bytes | None:
+    """The newest that is whole, up to a step; None if there is none.
+
+    Removes what was never finished.
 
     Raises:
         OSError: The folder cannot be used.
     """
     remove_leftovers(folder, _SUFFIX)
     for name in reversed(_names(folder)):
+        if name > _name(last_step):
+            continue
         try:
             return read_record(folder / name)
         except RecordDamaged as error:

@@ -50,17 +50,17 @@ class FileWork:
         self._deliver = deliver
         self._executor = executor or ThreadPoolExecutor(1, "checkpoints")
 
-    def read(self, job: Any, folder: Path) -> None:
-        """Looks for the checkpoint that ``job`` goes on from."""
-        self._executor.submit(self._read, job, folder)
+    def read(self, job: Any, folder: Path, last_step: int) -> None:
+        """Looks for the checkpoint that ``job`` goes on from, of a step up to ``last_step``."""
+        self._executor.submit(self._read, job, folder, last_step)
 
     def write(self, job: Any, folder: Path, step: int, content: bytes) -> None:
         """Makes what ``job`` is after a step last."""
         self._executor.submit(self._write, job, folder, step, content)
 
-    def _read(self, job: Any, folder: Path) -> None:
+    def _read(self, job: Any, folder: Path, last_step: int) -> None:
         try:
-            self._deliver(CheckpointRead(job, newest_checkpoint(folder)))
+            self._deliver(CheckpointRead(job, newest_checkpoint(folder, last_step)))
         except Exception as error:
             self._deliver(CheckpointRead(job, None, _told(error)))
 

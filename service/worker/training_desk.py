@@ -93,6 +93,12 @@ class _Job:
     def plan(self) -> TrainingPlan:
         return self.prepared.plan
 
+    @property
+    def publishes_now(self) -> bool:
+        """Whether the step that is done makes a version. The last one does when it is evaluated."""
+        is_between = 0 < self.step < self.plan.num_steps
+        return is_between and self.publish_every > 0 and self.step % self.publish_every == 0
+
 
 class TrainingDesk:
     """All jobs of one worker.
@@ -160,7 +166,7 @@ class TrainingDesk:
             return [JobEnded(command.job_id, "failed", 0, "internal", detail)]
         job = _Job(prepared, Path(command.folder), command.publish_every)
         self._jobs[command.job_id] = job
-        self._files.read(job, job.folder)
+        self._files.read(job, job.folder, command.last_step)
         return []
 
     def cancel(self, job_id: str) -> Sequence[TrainingEvent]:
@@ -218,7 +224,8 @@ class TrainingDesk:
             return self._end(job, "failed", code, str(error))
         job.is_training = True
         job.checked_at = self._clock()
-        return []
+        # Its version may not have been heard of, and was in memory only.
+        return [self._publish(job, is_last=False)] if job.publishes_now else []
 
     def _taken(self, event: Trained) -> Sequence[TrainingEvent]:
         job = self._jobs[event.job]
@@ -249,9 +256,7 @@ class TrainingDesk:
                 rows_shared=done.rows_shared,
             )
         ]
-        is_last = done.step == job.plan.num_steps
-        # The last one is made when its evaluation has been told.
-        if job.publish_every and done.step % job.publish_every == 0 and not is_last:
+        if job.publishes_now:
             events.append(self._publish(job, is_last=False))
         is_due = self._clock() - job.checked_at >= self._checkpoint_seconds
         if is_due and not job.is_writing:

@@ -140,7 +140,10 @@ class ArithmeticTrainer:
             kept = json.loads(checkpoint)
             if kept["plan"] != _digest(plan):
                 raise AdapterUnfit("The checkpoint is of another job.")
-            job.number, job.step, job.was_evaluated = kept["number"], kept["step"], True
+            job.number, job.step = kept["number"], kept["step"]
+            # What followed this step may not have been heard of.
+            done = [is_end for _, is_end in itertools.islice(batches(plan), job.step)]
+            job.was_evaluated = not (job.step == plan.num_steps or done[-1])
         job.batches = itertools.islice(batches(plan), job.step, None)
         self._jobs[plan.job] = job
         return job.step
