@@ -5,7 +5,7 @@ tell how far the start is.
 
 On SIGTERM or SIGINT the service drains: it is not ready at once and refuses new work, but answers;
 what runs may end within the drain time, and what does not is ended with a proper error. Then it
-leaves with status 0. A second signal skips the wait.
+leaves with status 0. Jobs stop at once and are saved. A second signal skips the wait.
 """
 
 import asyncio
@@ -144,10 +144,15 @@ class Service:
         metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Takes no new work; returns when nothing runs any more or the time is over."""
+        """Takes no new work; returns when nothing runs any more or the time is over.
+
+        Jobs stop at once, so that streams have the worker to themselves. They go on at the next
+        start.
+        """
         self._is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
+                await self.training.jobs.halt()
                 while self._client.num_in_flight:  # noqa: ASYNC110 (clients decide when)
                     await asyncio.sleep(_DRAIN_POLL_SECONDS)
 

@@ -48,6 +48,7 @@ from service.protocol.training import (
     JobPaused,
     JobPrepared,
     JobRefused,
+    JobsHalted,
     JobStep,
     JobVersion,
     TrainingEvent,
@@ -258,7 +259,7 @@ class Supervisor:
                 self._listener.on_request_event(event)
             case JobPrepared() | JobRefused() | JobStep() | JobEval() | JobVersion():
                 self._listener.on_training_event(event)
-            case JobPaused() | JobEnded():
+            case JobPaused() | JobEnded() | JobsHalted():
                 self._listener.on_training_event(event)
             case AdapterSaved() | AdapterImported() | AdapterExported() | AdapterFailed():
                 self._listener.on_training_event(event)

@@ -134,6 +134,32 @@ def test_what_the_worker_did_while_nobody_listened_is_told_again_after_a_kill(tm
         assert versions == [5, 10, 15, 20, 25, 30]
 
 
+def test_a_planned_restart_loses_no_step_and_no_version(tmp_path):
+    slow = {"ARITHMETIC_SLICE_SECONDS": "0.02"}
+    options = ["--checkpoint-seconds=3600"]
+    with running_service(tmp_path, *options, **slow) as service:
+        job_id = post(service)
+        with service.stream([1], max_tokens=40) as stream:
+            assert next(stream)["event"] == "start"
+            assert eventually(lambda: job(service, job_id)["step"] >= 7)
+            service.process.send_signal(signal.SIGTERM)
+            *_, done = stream
+        assert done["event"] == "done"
+        assert service.process.wait(10) == 0
+        assert "Traceback" not in service.log
+    [step] = [int(each.stem) for each in (tmp_path / "checkpoints" / job_id).glob("*.checkpoint")]
+    with running_service(tmp_path, *options) as service:
+        live = service.get("/adapters/tone").json()["live"]
+        found = told(service, job_id)
+        steps = [each["data"]["step"] for each in found if each["event"] == "step"]
+        assert steps == list(range(1, 31))
+        assert 7 <= step < 30
+        assert live >= step // 5
+        # Two rows of three tokens a step: no step was made once more.
+        learned = 'gemma_computed_tokens_total{use="request",work="train"}'
+        assert eventually(lambda: service.metric(learned) == (30 - step) * 2 * 3)
+
+
 def test_a_database_that_is_damaged_ends_the_start_with_one_line(tmp_path):
     tmp_path.joinpath("service.sqlite").write_bytes(b"no database" * 1000)
     status, lines = served(tmp_path)

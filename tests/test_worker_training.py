@@ -4,12 +4,15 @@ What a job ends with is worked out by `tests.fakes.arithmetic_trainer.number_aft
 trainer.
 """
 
+import json
 import math
 import random
 import resource
 import shutil
 import time
 from dataclasses import replace
+
+import pytest
 
 from model.slots import AdapterForm
 from model.training import TrainingPlan, TrainingRow
@@ -33,6 +36,7 @@ from service.protocol.training import (
     ExportAdapter,
     ForgetAdapter,
     Form,
+    HaltJobs,
     IdsRow,
     ImportAdapter,
     JobEnded,
@@ -40,6 +44,7 @@ from service.protocol.training import (
     JobPaused,
     JobPrepared,
     JobRefused,
+    JobsHalted,
     JobStep,
     JobVersion,
     SaveAdapter,
@@ -47,6 +52,7 @@ from service.protocol.training import (
     TextRow,
 )
 from service.worker.adapter_store import digest_of
+from service.worker.checkpoints import newest_checkpoint
 from service.worker.training_plan import MAX_STEPS
 from tests.fakes.arithmetic_engine import EXIT
 from tests.fakes.arithmetic_trainer import LOSS_NOT_FINITE, adapter_bytes, number_after
@@ -315,6 +321,43 @@ def test_a_job_without_room_for_its_checkpoint_is_paused_and_goes_on_when_there_
         assert 0 < num_steps < 30
         assert steps == list(range(1, 31)), "no step is lost, and none is made twice"
         assert worker.events_of(JobVersion)[-1].digest == last_digest(command, 30)
+
+
+def is_of(job_id):
+    return lambda event: event.job_id == job_id
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_halted_jobs_train_no_more_and_what_they_were_at_is_on_the_disk(tmp_path, is_full):
+    commands = [prepare(f"j{number}", *ROWS, steps=5000, seed=number) for number in range(3)]
+    load = {"checkpoint_seconds": 0.0 if is_full else 3600.0}
+    with running_worker(load=load, ARITHMETIC_SLICE_SECONDS="0.003") as worker:
+        worker.send(*commands)
+        for _ in commands:
+            worker.wait(JobPrepared)
+        if is_full:
+            limits = (1, resource.RLIM_INFINITY)
+            resource.prlimit(worker.process.pid, resource.RLIMIT_FSIZE, limits)
+        worker.send(
+            *(StartJob(f"j{number}", str(tmp_path / f"j{number}"), 0, 0) for number in (0, 1))
+        )
+        kind = JobPaused if is_full else JobStep
+        assert {worker.had(kind, is_of(each)).job_id for each in ("j0", "j1")} == {"j0", "j1"}
+        worker.send(HaltJobs("halt"), StartJob("j2", str(tmp_path / "j2"), 0, 0))
+        assert worker.wait(JobsHalted).request_id == "halt"
+        last = {told.job_id: told.step for told in worker.events_of(JobStep)}
+        assert first_token(worker, "r", None) == 3
+        time.sleep(0.1)
+        worker.send(HaltJobs("again"))
+        worker.wait(JobsHalted)
+    assert {told.job_id: told.step for told in worker.events_of(JobStep)} == last
+    assert worker.events_of(JobEnded) == []
+    found = {
+        path.name: json.loads(content)["step"]
+        for path in tmp_path.iterdir()
+        if (content := newest_checkpoint(path, MAX_STEPS))
+    }
+    assert found == ({} if is_full else last)
 
 
 def test_a_folder_that_cannot_be_written_fails_the_job(tmp_path):

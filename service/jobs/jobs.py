@@ -11,12 +11,13 @@ The tables are the truth. When a worker is ready, every job that runs is prepare
 """
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from dataclasses import dataclass
 from uuid import uuid4
 
-from service.errors import AdapterNotFound, FieldError, InvalidField, JobLimit
+from service.errors import AdapterNotFound, FieldError, InvalidField, JobLimit, ServiceError
 from service.jobs import tables
 from service.jobs.folders import Folders
 from service.jobs.idempotency import Once
@@ -281,6 +282,14 @@ class Jobs:
         """What the worker says about a job."""
         if not self._calls.deliver(event):
             self._progress.deliver(event)
+
+    async def halt(self) -> None:
+        """Nothing trains any more; returns when everything that was done lasts."""
+        with contextlib.suppress(ServiceError):  # no worker, so nothing trains
+            await self._calls.halt()
+        await self._progress.settled()
+        await self._versions.settled()
+        await self._progress.settled()
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -71,6 +71,10 @@ class Progress:
         """Nothing more comes of what it was told last."""
         self._inbox.put_nowait(_Lost())
 
+    async def settled(self) -> None:
+        """Returns when everything that was told so far is committed."""
+        await self._inbox.join()
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:
@@ -84,6 +88,8 @@ class Progress:
                 group = waiting[: max(num_steps, 1)]
                 del waiting[: len(group)]
                 await self._take(group)
+                for _ in group:
+                    self._inbox.task_done()
 
     async def _take(self, group: Sequence[TrainingEvent | _Lost | _Saved]) -> None:
         """Steps that came together, or one event of another kind."""

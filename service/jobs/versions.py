@@ -304,6 +304,11 @@ class Versions:
         numbers = None if number is None else [number]
         self.apply(await self._store.write(lambda db: version_changes.delete(db, name, numbers)))
 
+    async def settled(self) -> None:
+        """Returns when what is being saved lasts."""
+        while tasks := [*self._behind, *self._savers.values()]:
+            await asyncio.wait(tasks)
+
     async def close(self) -> None:
         """Ends what runs behind."""
         cleaning = [] if self._cleaning is None else [self._cleaning]

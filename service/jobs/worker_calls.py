@@ -22,9 +22,11 @@ from service.protocol.training import (
     AdapterSaved,
     CancelJob,
     ExportAdapter,
+    HaltJobs,
     ImportAdapter,
     JobPrepared,
     JobRefused,
+    JobsHalted,
     Layout,
     PrepareJob,
     SaveAdapter,
@@ -69,6 +71,15 @@ class WorkerCalls:
         with contextlib.suppress(ServiceError):  # no worker, so nobody knows it
             self.send(CancelJob(job_id))
 
+    async def halt(self) -> None:
+        """Ends training there; returns when what was done lasts.
+
+        Raises:
+            ServiceError: There is no worker.
+        """
+        request_id = uuid4().hex
+        await self._ask(request_id, HaltJobs(request_id))
+
     async def save(self, digest: str, folder: str) -> AdapterSaved:
         """Makes a version last in ``folder``."""
         request_id = uuid4().hex
@@ -90,6 +101,8 @@ class WorkerCalls:
             case JobPrepared() | JobRefused():
                 key = event.job_id
             case AdapterSaved() | AdapterImported() | AdapterExported() | AdapterFailed():
+                key = event.request_id
+            case JobsHalted():
                 key = event.request_id
             case _:
                 return False

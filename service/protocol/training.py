@@ -133,6 +133,12 @@ class CancelJob(Message, frozen=True):
     job_id: str
 
 
+class HaltJobs(Message, frozen=True):
+    """Ends training in this worker, and makes what was done last; no job ends by it."""
+
+    request_id: str
+
+
 class SaveAdapter(Message, frozen=True):
     """Makes a version last in a folder of its own, complete or not at all."""
 
@@ -174,6 +180,7 @@ TrainingCommand = (
     PrepareJob
     | StartJob
     | CancelJob
+    | HaltJobs
     | SaveAdapter
     | ForgetAdapter
     | AddAdapter
@@ -277,6 +284,12 @@ class JobEnded(Message, frozen=True):
     detail: str | None = None
 
 
+class JobsHalted(Message, frozen=True):
+    """Nothing trains any more, and every checkpoint is written for which there is room."""
+
+    request_id: str
+
+
 class AdapterSaved(Message, frozen=True):
     """The version lies in its folder, whole."""
 
@@ -316,6 +329,7 @@ TrainingEvent = (
     | JobVersion
     | JobPaused
     | JobEnded
+    | JobsHalted
     | AdapterSaved
     | AdapterImported
     | AdapterExported

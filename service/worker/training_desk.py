@@ -11,6 +11,9 @@ A checkpoint is taken between two steps, when enough time has passed since the l
 by another thread while the job goes on. If there is no room for it, the job leaves the trainer;
 what it was is kept here until it can be written, and goes back into the trainer then.
 
+When the service stops, all jobs are halted: they leave the trainer, what each is at is written, and
+the next worker goes on from there.
+
 Whatever else ends a job, it is said once, and only when nothing of it is being written any more: so
 its folder may be removed then.
 """
@@ -38,6 +41,7 @@ from service.protocol.training import (
     JobEnded,
     JobEval,
     JobPaused,
+    JobsHalted,
     JobStep,
     JobVersion,
     StartJob,
@@ -72,6 +76,7 @@ class _Job:
         step: That is done.
         is_training: Whether the trainer has it.
         checked_at: When its last checkpoint was taken, in monotonic seconds.
+        checked_step: Of that one, or of the one that it went on from.
         is_writing: Whether that is being written.
         held: What it was when it was paused.
         retry_at: When that is written again.
@@ -84,6 +89,7 @@ class _Job:
     step: int = 0
     is_training: bool = False
     checked_at: float = 0.0
+    checked_step: int = 0
     is_writing: bool = False
     held: bytes | None = None
     retry_at: float = 0.0
@@ -135,6 +141,9 @@ class TrainingDesk:
         self._jobs: dict[str, _Job] = {}
         self._num_steps = 0
         self._seconds = 0.0
+        self._is_halted = False
+        # Who waits until everything is written.
+        self._halting: str | None = None
 
     @property
     def has_work(self) -> bool:
@@ -176,6 +185,17 @@ class TrainingDesk:
             return self._end(job, "cancelled", "cancelled", "The job was cancelled.")
         return []
 
+    def halt(self, request_id: str) -> Sequence[TrainingEvent]:
+        """Nothing trains from now on; the answer comes when what was done lasts."""
+        self._is_halted, self._halting = True, request_id
+        for job in self._jobs.values():
+            if job.is_training and job.step > job.checked_step:
+                job.held = self._checkpoint(job)
+            self._leave(job)
+            if job.held is not None and not job.is_writing:
+                self._write(job, job.held)
+        return self._say_halted()
+
     def take(self, result: FileResult) -> Sequence[TrainingEvent]:
         """Goes on with what came of reading or writing."""
         job: _Job = result.job
@@ -210,6 +230,8 @@ class TrainingDesk:
 
     def _begin(self, job: _Job, found: CheckpointRead) -> Sequence[TrainingEvent]:
         """The folder was looked into."""
+        if self._is_halted:
+            return []
         if found.error is not None:
             return self._fail_storage(job, found.error)
         return self._enter(job, found.content)
@@ -223,7 +245,7 @@ class TrainingDesk:
             code = "internal" if content is None else "storage_error"
             return self._end(job, "failed", code, str(error))
         job.is_training = True
-        job.checked_at = self._clock()
+        job.checked_at, job.checked_step = self._clock(), job.step
         # Its version may not have been heard of, and was in memory only.
         return [self._publish(job, is_last=False)] if job.publishes_now else []
 
@@ -276,13 +298,15 @@ class TrainingDesk:
 
     def _write(self, job: _Job, content: bytes) -> None:
         job.is_writing = True
-        job.checked_at = self._clock()
+        job.checked_at, job.checked_step = self._clock(), job.step
         self._files.write(job, job.folder, job.step, content)
 
     def _written(self, job: _Job, result: CheckpointWritten) -> Sequence[TrainingEvent]:
         job.is_writing = False
         if job.end is not None:
-            return self._say_end(job)
+            return [*self._say_end(job), *self._say_halted()]
+        if self._is_halted:
+            return self._written_last(job, result)
         if result.error is None:
             if job.held is None:
                 return []
@@ -298,6 +322,22 @@ class TrainingDesk:
         log.error("job %s cannot write its checkpoint: %s", job.plan.job, result.error)
         detail = f"There is no room for its checkpoint: {result.error.strerror}."
         return [JobPaused(job.plan.job, detail)]
+
+    def _written_last(self, job: _Job, result: CheckpointWritten) -> Sequence[TrainingEvent]:
+        """While it is halted; what was being written then may be of a step before."""
+        if result.error is not None:
+            log.error("job %s cannot write its checkpoint: %s", job.plan.job, result.error)
+        if job.held is not None and job.checked_step < job.step:
+            self._write(job, job.held)
+        else:
+            job.held = None
+        return self._say_halted()
+
+    def _say_halted(self) -> Sequence[TrainingEvent]:
+        if self._halting is None or any(job.is_writing for job in self._jobs.values()):
+            return []
+        request_id, self._halting = self._halting, None
+        return [JobsHalted(request_id)]
 
     def _fail_storage(self, job: _Job, error: OSError) -> Sequence[TrainingEvent]:
         log.error("checkpoints of job %s cannot be used: %s", job.plan.job, error)

@@ -14,6 +14,7 @@ from service.protocol.training import (
     CancelJob,
     ExportAdapter,
     ForgetAdapter,
+    HaltJobs,
     ImportAdapter,
     PrepareJob,
     SaveAdapter,
@@ -69,7 +70,7 @@ class TrainingRoom:
         match command:
             case PrepareJob():
                 self._preparation.submit(command)
-            case StartJob():
+            case StartJob() | HaltJobs():
                 self._arrive(command)
             case CancelJob():
                 self._preparation.cancel(command.job_id)

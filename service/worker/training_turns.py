@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 
 from service.protocol.messages import TrainingCounts
-from service.protocol.training import CancelJob, StartJob, TrainingEvent
+from service.protocol.training import CancelJob, HaltJobs, StartJob, TrainingEvent
 from service.worker.actions import Action, Idle, Train
 from service.worker.file_work import CheckpointRead, CheckpointWritten
 from service.worker.pace import Pace
 from service.worker.training_desk import PreparedJob, TrainingDesk
 from service.worker.training_share import TrainingShare
 
-TrainingArrival = PreparedJob | StartJob | CancelJob | CheckpointRead | CheckpointWritten
+TrainingArrival = PreparedJob | StartJob | CancelJob | HaltJobs | CheckpointRead | CheckpointWritten
 
 
 class TrainingTurns:
@@ -57,6 +57,8 @@ class TrainingTurns:
                 return self._desk.start(arrival)
             case CancelJob():
                 return self._desk.cancel(arrival.job_id)
+            case HaltJobs():
+                return self._desk.halt(arrival.request_id)
             case CheckpointRead() | CheckpointWritten():
                 return self._desk.take(arrival)
 
