@@ -346,8 +346,15 @@ def test_a_version_of_another_model_is_409_once_that_is_served(tmp_path):
         ({"targets": ["query", "query"]}, "/targets"),
         ({"learning_rate": 0}, "/learning_rate"),
         ({"max_length": 65}, "/max_length"),
-        ({"publish": {"every": 0}}, "/publish/PublishEvery/every"),
+        ({"publish": {"every": 0}}, "/publish/every"),
+        ({"publish": {"every": 2, "steps": 1}}, "/publish/steps"),
+        ({"publish": {}}, "/publish/every"),
+        ({"publish": "often"}, "/publish"),
+        ({"publish": None}, "/publish"),
         ({"promote": {"metric": "valid_loss", "less_than": "init"}}, "/promote"),
+        ({"promote": {"metric": "valid_loss", "less_than": "first"}}, "/promote/less_than"),
+        ({"promote": {"metric": "valid_loss", "less_than": 10**400}}, "/promote/less_than"),
+        ({"promote": {"metric": "loss", "less_than": 1}}, "/promote/metric"),
         ({"init": "tone"}, "/init"),
         ({"steps": 10_001}, "/steps"),
         ({"metadata": {"a": [1]}}, "/metadata/a"),
@@ -359,7 +366,7 @@ def test_what_is_out_of_range_is_422_with_a_pointer(tmp_path, fields, pointer):
         async with service(tmp_path) as (_, client):
             response = await client.post("/finetune", json={**JOB, **fields})
             assert (response.status_code, response.json()["code"]) == (422, "invalid_field")
-            assert pointer in [each["pointer"] for each in response.json()["errors"]], response.text
+            assert [each["pointer"] for each in response.json()["errors"]] == [pointer]
             assert json.loads((await client.get("/finetune")).text)["jobs"] == []
 
     run(main())

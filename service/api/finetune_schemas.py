@@ -9,7 +9,10 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
+    WrapValidator,
     model_validator,
 )
 
@@ -100,11 +103,29 @@ class PublishEvery(_Model):
     every: int = Field(ge=1, le=MAX_STEPS, description="Steps from one version to the next.")
 
 
+# What is wrong with a value of two forms is said of the form that it has, under the field's name.
+def _check_publish(value: object, checked: ValidatorFunctionWrapHandler) -> object:
+    if isinstance(value, dict):
+        return PublishEvery.model_validate(value)
+    try:
+        return checked(value)
+    except ValidationError as error:
+        detail = "should be end, every_step, never or an object with every"
+        raise refusal((), detail) from error
+
+
+def _check_bound(value: object, checked: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return checked(value)
+    except ValidationError as error:
+        raise refusal((), "should be init or a finite number") from error
+
+
 class PromoteRule(_Model):
     """When a version becomes live."""
 
     metric: Literal["valid_loss"]
-    less_than: Literal["init"] | float = Field(
+    less_than: Annotated[Literal["init"] | float, WrapValidator(_check_bound)] = Field(
         description="`init`: what the metric was before the first step; or a number."
     )
 
@@ -168,7 +189,9 @@ class FinetuneRequest(_Model):
         512, ge=2, le=MAX_TOKENS, description="Tokens of a row; a longer one is refused."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the first A and the order of rows.")
-    publish: Literal["end", "every_step", "never"] | PublishEvery = Field(
+    publish: Annotated[
+        Literal["end", "every_step", "never"] | PublishEvery, WrapValidator(_check_publish)
+    ] = Field(
         "end",
         description="When the job makes a version. never: at the end too, but it cannot become "
         "live by itself.",
