@@ -513,6 +513,10 @@ class GemmaEngine:
         """The bytes of the adapter in a file of another library."""
         return self._adapters.bring_in(path, format)
 
+    def import_named_adapter(self, path: Path, digest: str) -> bytes:
+        """The bytes of the adapter in files of any kind."""
+        return self._adapters.bring_in_named(path, digest)
+
     def export_adapter(self, content: bytes, path: Path, format: AdapterLayout) -> None:
         """Writes an adapter as a file for another library."""
         self._adapters.take_out(content, path, format)

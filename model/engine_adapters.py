@@ -28,12 +28,7 @@ class EngineAdapters:
     def read(self, path: Path, digest: str) -> Adapter:
         """The adapter in files of any kind, if they are those that were named."""
         if digest not in self._of_files:
-            content = read_content(path, self._config)
-            if content.digest != digest:
-                raise AdapterUnfit(
-                    f"{path} has changed since it was named; start the service again."
-                )
-            self._of_files[digest] = self._for_bank(understand(content, self._config))
+            self._of_files[digest] = self._for_bank(self._named(path, digest))
         return self._of_files[digest]
 
     def open(self, content: bytes) -> Adapter:
@@ -51,6 +46,12 @@ class EngineAdapters:
         self._for_bank(adapter)
         return write_adapter(adapter)
 
+    def bring_in_named(self, path: Path, digest: str) -> bytes:
+        """Files of any kind as a version is stored, if they are those that were named."""
+        adapter = self._named(path, digest)
+        self._for_bank(adapter)
+        return write_adapter(adapter)
+
     def take_out(self, content: bytes, path: Path, layout: Layout) -> None:
         """A stored version as a file of another library."""
         export_file(read_adapter(content, self._config), path, layout, self._config)
@@ -62,6 +63,12 @@ class EngineAdapters:
     def put_random(self, slot: int, rank: int) -> None:
         """For the self-test: an adapter of all projections, of the size of real ones."""
         self._bank.put(slot, random_adapter(self._config, rank, seed=slot))
+
+    def _named(self, path: Path, digest: str) -> LoraAdapter:
+        content = read_content(path, self._config)
+        if content.digest != digest:
+            raise AdapterUnfit(f"{path} has changed since it was named; start the service again.")
+        return understand(content, self._config)
 
     def _for_bank(self, adapter: LoraAdapter) -> Adapter:
         in_bank = adapter.for_bank(self._config)

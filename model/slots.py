@@ -371,6 +371,13 @@ class Engine(Protocol):
                 what is wrong.
         """
 
+    def import_named_adapter(self, path: Path, digest: str) -> bytes:
+        """The same of what `read_adapter` opens, whatever kind of file that is.
+
+        Raises:
+            PresetError: As `read_adapter` and `import_adapter`.
+        """
+
     def export_adapter(self, content: bytes, path: Path, format: AdapterLayout) -> None:
         """Writes an adapter as a file for another library. Any thread may ask; it takes long.
 

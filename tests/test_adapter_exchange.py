@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
+from model.adapter_bank import AdapterBank
 from model.adapter_exchange.files import (
     export_directory,
     export_file,
@@ -24,6 +25,7 @@ from model.adapter_exchange.keras_process import read_elsewhere
 from model.adapter_exchange.layouts import in_layout
 from model.adapter_exchange.merged import merged_arrays
 from model.adapter_file import write_adapter
+from model.engine_adapters import EngineAdapters
 from model.errors import (
     AdapterUnfit,
     PresetError,
@@ -123,6 +125,32 @@ def test_one_file_with_the_config_as_metadata_is_the_directory(tmp_path, encode)
     path = tmp_path / "one.safetensors"
     save_file(tensors, path, metadata={name: encode(value) for name, value in fields.items()})
     assert_same(read(path), adapter)
+
+
+def brought_files(directory, adapter):
+    """An adapter in every form that may be named at the start, and what it is."""
+    directory.mkdir()
+    export_file(adapter, directory / "tone.lora.h5", "keras", CONFIG)
+    yield directory / "tone.lora.h5", adapter
+    (directory / "adapter.safetensors").write_bytes(write_adapter(adapter))
+    yield directory / "adapter.safetensors", adapter
+    theirs, tensors, fields = peft_parts()
+    yield peft_directory(directory / "peft", tensors, fields), theirs
+    told = {name: json.dumps(value) for name, value in fields.items()}
+    save_file(tensors, directory / "other.safetensors", metadata=told)
+    yield directory / "other.safetensors", theirs
+
+
+def test_what_was_named_at_the_start_is_brought_in_in_every_form_and_not_once_it_changed(tmp_path):
+    bank = AdapterBank(CONFIG, num_slots=1, max_rank=8, programs={})
+    adapters = EngineAdapters(CONFIG, bank)
+    for path, expected in brought_files(tmp_path / "files", drawn_adapter(CONFIG, KERAS)):
+        digest = read_content(path, CONFIG).digest
+        assert adapters.bring_in_named(path, digest) == write_adapter(expected)
+        weights = path / "adapter_model.safetensors" if path.is_dir() else path
+        weights.write_bytes(weights.read_bytes() + b"\0")
+        with pytest.raises(AdapterUnfit, match="has changed since it was named"):
+            adapters.bring_in_named(path, digest)
 
 
 def test_the_files_of_this_service_are_read_by_the_same_call(tmp_path):

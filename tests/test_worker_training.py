@@ -274,6 +274,31 @@ def test_files_of_others_come_in_and_go_out(tmp_path):
             assert worker.wait(AdapterFailed).code == "invalid_field"
 
 
+def test_a_version_whose_file_has_changed_is_not_taken_for_what_was_named(tmp_path):
+    (tmp_path / "tone.lora.h5").write_text("5")
+    (tmp_path / "own").write_bytes(
+        own := adapter_bytes(AdapterForm("keras", 8, 8.0, ("query",)), 7)
+    )
+    brought = AdapterSource(digest_of(b"5"), str(tmp_path / "tone.lora.h5"))
+    stored = AdapterSource(digest_of(own), str(tmp_path / "own"))
+    out = str(tmp_path / "out")
+    with running_worker(load={"adapters": (brought,)}) as worker:
+        worker.send(AddAdapter(stored))
+        for source, number in ((brought, "5"), (stored, "7")):
+            worker.send(ExportAdapter("before", source.digest, out, "keras"))
+            worker.wait(AdapterExported)
+            assert (tmp_path / "out").read_text() == f"keras {number}\n"
+        (tmp_path / "tone.lora.h5").write_text("6")
+        (tmp_path / "own").write_bytes(own.replace(b"7", b"8"))
+        for source in (brought, stored):
+            worker.send(ExportAdapter("after", source.digest, out, "keras"))
+            failed = worker.wait(AdapterFailed)
+            assert (failed.code, "has changed" in failed.detail) == ("adapter_not_found", True)
+            worker.send(prepare("a", *ROWS, init=source.digest))
+            refused = worker.wait(JobRefused)
+            assert (refused.code, refused.errors[0].pointer) == ("adapter_mismatch", "/init")
+
+
 def test_a_cancelled_job_ends_once_and_one_that_was_only_prepared_is_forgotten(tmp_path):
     with running_worker(ARITHMETIC_SLICE_SECONDS="0.01") as worker:
         worker.send(prepare("a", *ROWS, steps=1000), prepare("b", *ROWS))

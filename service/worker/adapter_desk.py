@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from model.slots import Adapter, Engine
 from service.protocol.messages import AdapterCounts
-from service.worker.adapter_store import AdapterStore
+from service.worker.adapter_store import ADAPTER_GONE, AdapterStore
 
 BASE_SLOT = 0
 # A request whose version cannot be read: there is no such model here any more.
-ADAPTER_GONE = ("model_not_found", "The file of this adapter version is gone, or has changed.")
+NO_ADAPTER = ("model_not_found", ADAPTER_GONE)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from service.protocol.training import (
     SaveAdapter,
     TrainingEvent,
 )
-from service.worker.adapter_store import ADAPTER_FILE, AdapterStore
+from service.worker.adapter_store import ADAPTER_FILE, ADAPTER_GONE, AdapterStore
 from service.worker.checkpoints import is_full
 from service.worker.durable_files import write_record
 from service.worker.translate import form_of
@@ -30,7 +30,6 @@ from service.worker.translate import form_of
 log = logging.getLogger(__name__)
 
 AdapterWork = SaveAdapter | ImportAdapter | ExportAdapter
-_KERAS_SUFFIX = ".lora.h5"
 
 
 def content_of(engine: Engine, store: AdapterStore, digest: str) -> bytes:
@@ -42,8 +41,7 @@ def content_of(engine: Engine, store: AdapterStore, digest: str) -> bytes:
     brought = store.brought_path(digest)
     if brought is None:
         return store.content(digest)
-    is_of_keras = brought.name.endswith(_KERAS_SUFFIX)
-    return engine.import_adapter(brought, "keras" if is_of_keras else "peft")
+    return engine.import_named_adapter(brought, digest)
 
 
 class AdapterFiles:
@@ -95,12 +93,13 @@ class AdapterFiles:
             return self._failed(command, "adapter_not_found", "This adapter version is not here.")
         if isinstance(command, ExportAdapter):
             path = Path(command.path)
-            content = content_of(self._engine, self._store, command.digest)
+            try:
+                content = content_of(self._engine, self._store, command.digest)
+            except ModelError as error:
+                log.error("%s", error)
+                return self._failed(command, "adapter_not_found", ADAPTER_GONE)
             self._engine.export_adapter(content, path, command.format)
             return AdapterExported(command.request_id, path.stat().st_size)
-        if brought := self._store.brought_path(command.digest):
-            # It lasts where somebody else keeps it.
-            return AdapterSaved(command.request_id, AdapterSource(command.digest, str(brought)))
         content = self._store.content(command.digest)
         path = write_record(Path(command.folder), ADAPTER_FILE, content)
         source = AdapterSource(command.digest, str(path))

@@ -16,8 +16,10 @@ from pathlib import Path
 from model.errors import AdapterUnfit, PresetFileMissing
 from service.protocol.messages import AdapterSource
 
-# Of a version that was made here, in the folder that is its own; others were brought.
+# Of a version that was made here, in the folder that is its own.
 ADAPTER_FILE = "adapter.safetensors"
+# What is said of a version that cannot be read.
+ADAPTER_GONE = "The file of this adapter version is gone, or has changed."
 
 
 def digest_of(content: bytes) -> str:
@@ -29,12 +31,13 @@ class AdapterStore:
     """The versions of one worker.
 
     Args:
-        sources: Those that lie in files.
+        sources: Those that were brought: files of any kind, which somebody else keeps.
     """
 
     def __init__(self, sources: Iterable[AdapterSource] = ()) -> None:
         self._lock = threading.Lock()
         self._paths = {source.digest: Path(source.path) for source in sources}
+        self._brought = set(self._paths)
         self._contents: dict[str, bytes] = {}
         self._forgotten: set[str] = set()
 
@@ -53,9 +56,10 @@ class AdapterStore:
         return digest
 
     def add_source(self, source: AdapterSource) -> None:
-        """Takes in where a version lies; then it need not stand in memory."""
+        """Takes in where a version lies that was made here; it need not stand in memory then."""
         with self._lock:
             self._forgotten.discard(source.digest)
+            self._brought.discard(source.digest)
             self._paths[source.digest] = Path(source.path)
             self._contents.pop(source.digest, None)
 
@@ -73,6 +77,7 @@ class AdapterStore:
             self._forgotten.remove(digest)
             self._contents.pop(digest, None)
             self._paths.pop(digest, None)
+            self._brought.discard(digest)
             return True
 
     @property
@@ -82,10 +87,9 @@ class AdapterStore:
             return tuple(self._paths)
 
     def brought_path(self, digest: str) -> Path | None:
-        """The file of a version that was brought in another form than `content` tells."""
+        """Where a version lies that was brought; `content` may not know what it is."""
         with self._lock:
-            path = self._paths.get(digest)
-        return path if path is not None and path.name != ADAPTER_FILE else None
+            return self._paths[digest] if digest in self._brought else None
 
     def content(self, digest: str) -> bytes:
         """The bytes that it is named for.

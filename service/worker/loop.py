@@ -49,7 +49,7 @@ from service.worker.actions import (
     Spread,
     Train,
 )
-from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
+from service.worker.adapter_desk import NO_ADAPTER, AdapterDesk
 from service.worker.adapter_store import AdapterStore
 from service.worker.admission import Admission, AdmittedRequest
 from service.worker.completion import Completion
@@ -248,7 +248,7 @@ class Loop:
             row.adapter_slot = self._adapters.slot(row.adapter)
         except ModelError as error:
             log.error("%s", error)
-            self._fail(request, *ADAPTER_GONE)
+            self._fail(request, *NO_ADAPTER)
             return
         if request.started_at is None:
             request.started_at = time.monotonic()

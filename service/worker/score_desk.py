@@ -26,7 +26,7 @@ from model.score_slots import (
     ScoreChunk,
 )
 from service.protocol.messages import Event, Failed
-from service.worker.adapter_desk import ADAPTER_GONE, AdapterDesk
+from service.worker.adapter_desk import NO_ADAPTER, AdapterDesk
 from service.worker.admission import Admission
 from service.worker.attribution_desk import AttributionDesk
 from service.worker.attribution_jobs import AttributionJob
@@ -165,7 +165,7 @@ class ScoreDesk:
                 adapter = self._adapters.slot(passage.adapter)
             except ModelError as error:
                 log.error("%s", error)
-                events.append(self._fail(request, *ADAPTER_GONE))
+                events.append(self._fail(request, *NO_ADAPTER))
                 continue
             if passage.num_read == 0:
                 self._admission.started(passage.key)

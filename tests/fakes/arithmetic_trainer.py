@@ -231,6 +231,15 @@ class ArithmeticAdapters:
         form = AdapterForm(words[0], 8, 8.0, ("query", "value"))
         return adapter_bytes(form, int(words[1]))
 
+    def import_named_adapter(self, path: Path, digest: str) -> bytes:
+        content = path.read_bytes()
+        if f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
+            raise AdapterUnfit(f"{path} has changed since it was named.")
+        if content.startswith(b"{"):
+            return content
+        layout, *number = content.decode().split()
+        return self.import_adapter(path, layout if number else "keras")
+
     def export_adapter(self, content: bytes, path: Path, format: str) -> None:
         if format != self.adapter_form(content).layout:
             raise AdapterUnfit("An adapter of this rank is not written in the other layout.")
