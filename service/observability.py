@@ -361,11 +361,11 @@ class TrainingMeter:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def statuses(self, statuses: Sequence[str]) -> None:
-        """Of all jobs that have not ended."""
+    def statuses(self, statuses: Sequence[str], num_elsewhere: int) -> None:
+        """Of all jobs that have not ended; some are paused as another model is served."""
         for state in _JOB_STATES:
             self._metrics.train_jobs.labels(state).set(statuses.count(state))
-        self._metrics.storage_paused_jobs.set(statuses.count("paused"))
+        self._metrics.storage_paused_jobs.set(statuses.count("paused") - num_elsewhere)
         self._metrics.requests_running.labels(_FINETUNE).set(statuses.count("running"))
         self._metrics.requests_waiting.labels(_FINETUNE).set(statuses.count("queued"))
 

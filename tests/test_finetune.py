@@ -328,6 +328,32 @@ def test_a_version_of_another_model_is_409_once_that_is_served(tmp_path):
     run(main())
 
 
+def test_jobs_wait_for_the_model_that_they_were_made_for_and_take_nobody_s_place(tmp_path):
+    async def main():
+        async with service(tmp_path, running_jobs=1) as (made, client):
+            begun = await started(made, client)
+            made.worker.step(begun)
+            waiting = (await client.post("/finetune", json={**JOB, "seed": 1})).json()["id"]
+            made.restart_worker("sha256:" + "2" * 64)
+            other = await started(made, client, seed=2)
+            assert set(made.worker.started) == {other}
+            await finished(client, begun, "paused")
+            assert (await job(client, waiting))["status"] == "queued"
+            metrics = (await client.get("/metrics")).text
+            assert 'gemma_train_jobs{state="paused"} 1.0' in metrics
+            assert "gemma_storage_paused_jobs 0.0" in metrics
+            made.worker.step(other, 3)
+            await finished(client, other)
+        async with service(tmp_path, running_jobs=1) as (made, client):
+            for job_id in (begun, waiting):
+                await until(lambda job_id=job_id: is_started(made, job_id))
+                assert set(made.worker.started) == {job_id}
+                made.worker.step(job_id, 3)
+                assert (await finished(client, job_id))["error"] is None
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("fields", "pointer"),
     [

@@ -275,7 +275,7 @@ class Jobs:
         self._calls.fail_all()
         self._versions.worker_lost()
         for known in self._open.by_id.values():
-            known.is_prepared = known.is_started = False
+            known.is_prepared = known.is_started = known.is_elsewhere = False
         self._progress.worker_lost()
 
     def deliver(self, event: TrainingEvent) -> None:

@@ -27,6 +27,7 @@ class OpenJob:
         status: As it was committed.
         is_prepared: Whether the worker of now has its rows.
         is_started: Whether it trains there.
+        is_elsewhere: Whether it was made for another model than the one of now, and waits for that.
         ended: What the worker said at its end, until that is committed.
         saving: What it ended with is being saved.
     """
@@ -34,6 +35,7 @@ class OpenJob:
     status: JobStatus
     is_prepared: bool = False
     is_started: bool = False
+    is_elsewhere: bool = False
     ended: JobEnded | None = None
     saving: "asyncio.Task[bool] | None" = None
 
@@ -103,7 +105,9 @@ class OpenJobs:
 
     def count(self) -> None:
         """Shows how many there are."""
-        self.meter.statuses([known.status for known in self.by_id.values()])
+        jobs = self.by_id.values()
+        num_elsewhere = sum(known.status == "paused" and known.is_elsewhere for known in jobs)
+        self.meter.statuses([known.status for known in jobs], num_elsewhere)
 
 
 def moved(

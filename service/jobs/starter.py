@@ -1,4 +1,8 @@
-"""Starts jobs: those that run go on after a restart, and one that waits begins when it may."""
+"""Starts jobs: those that run go on after a restart, and one that waits begins when it may.
+
+A job belongs to the model that it was made for. While another one is served it waits, as `paused`
+if it had begun and `queued` if not, and takes nobody's place.
+"""
 
 import asyncio
 import logging
@@ -7,7 +11,6 @@ import sqlite3
 from service.errors import ServiceError, StorageFull
 from service.jobs import tables
 from service.jobs.open_jobs import OpenJobs
-from service.jobs.records import JobStatus
 from service.jobs.store import Store
 from service.jobs.worker_calls import WorkerCalls
 from service.protocol.training import PrepareJob, StartJob
@@ -59,13 +62,19 @@ class Starter:
     def _next_to_start(self) -> str | None:
         num_running = 0
         for job_id, known in self._open.by_id.items():
+            if known.is_elsewhere:
+                continue
             if known.status != "queued":
                 num_running += 1
                 if not known.is_started:
                     return job_id
         if num_running >= self._max_running:
             return None
-        waiting = (job_id for job_id, known in self._open.by_id.items() if known.status == "queued")
+        waiting = (
+            job_id
+            for job_id, known in self._open.by_id.items()
+            if known.status == "queued" and not known.is_elsewhere
+        )
         return next(waiting, None)
 
     async def _start(self, job_id: str) -> None:
@@ -78,11 +87,10 @@ class Starter:
             return
         if record.preset_digest != self._open.worker.preset_digest:
             # Whoever serves that model again lets it go on.
-            known.is_started = True
-            detail = "It was begun with another model than the one that is served now."
-            status: JobStatus = "paused" if record.status != "queued" else "failed"
-            code = None if status == "paused" else "adapter_mismatch"
-            await self._open.move(job_id, status, code=code, detail=detail)
+            known.is_elsewhere = True
+            if record.status != "queued":
+                detail = "It was made for another model than the one that is served now."
+                await self._open.move(job_id, "paused", detail=detail)
             return
         if not known.is_prepared:
             await self._calls.prepare(command)
