@@ -8,13 +8,9 @@ from model.finetune.optimizers import Floats
 from model.finetune.pairs import first_adapter
 from model.finetune.trainer import SlicedTrainer
 from model.lora_adapter import LoraAdapter, LoraForm
-from model.training import (
-    JobDone,
-    StepDone,
-    TrainingPlan,
-    TrainingRow,
-)
+from model.training import JobDone, StepDone, TrainingRow
 from tests import goldens
+from tests.training_jobs import plan_of, rows_of, trained
 
 
 class Sgd:
@@ -40,75 +36,30 @@ def engine(engine_of):
     return engine_of("gemma2_tiny")
 
 
-def _rows(count: int, length: int, seed: int = 0) -> tuple[TrainingRow, ...]:
-    draw = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        size = length - number % 5
-        ids = tuple(int(i) for i in draw.integers(12, 500, size))
-        rows.append(TrainingRow((2, *ids[1:]), tuple(i > size // 3 for i in range(size))))
-    return tuple(rows)
-
-
-def _plan(job: str, **changes) -> TrainingPlan:
-    fields = {
-        "rows": _rows(6, 14),
-        "validation": (),
-        "num_steps": 4,
-        "layout": "keras",
-        "rank": 4,
-        "targets": ("query", "value"),
-        "batch_size": 3,
-        "learning_rate": 1e-2,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "grad_clip": 1.0,
-        "seed": 1,
-        **changes,
-    }
-    return TrainingPlan(job=job, **{"alpha": float(fields["rank"]), **fields})
-
-
-def _run(trainer, *plans, between=lambda: None) -> dict[str, bytes]:
-    """Trains all to the end; the files of their adapters."""
-    for plan in plans:
-        trainer.begin(plan)
-    files = {}
-    while trainer.num_jobs:
-        for event in trainer.advance():
-            if isinstance(event, JobDone):
-                files[event.job] = trainer.adapter(event.job)
-        between()
-    for plan in plans:
-        trainer.drop(plan.job)
-    return files
-
-
 PLANS = (
-    _plan("a"),
-    _plan("b", layout="peft", rank=8, alpha=16.0, seed=5, rows=_rows(7, 40, 3)),
-    _plan("c", rank=2, targets=("ffw_linear", "key"), rows=_rows(3, 16, 4), batch_size=1),
-    _plan(
+    plan_of("a"),
+    plan_of("b", layout="peft", rank=8, alpha=16.0, seed=5, rows=rows_of(7, 40, 3)),
+    plan_of("c", rank=2, targets=("ffw_linear", "key"), rows=rows_of(3, 16, 4), batch_size=1),
+    plan_of(
         "d",
         layout="peft",
         rank=3,
         alpha=1.5,
         targets=("attention_output", "ffw_gating", "ffw_gating_2", "query"),
-        rows=(*_rows(2, 120, 6), *_rows(2, 30, 7), *_rows(1, 300, 8)),
+        rows=(*rows_of(2, 120, 6), *rows_of(2, 30, 7), *rows_of(1, 300, 8)),
     ),
 )
 
 
 def test_jobs_that_share_micro_batches_end_with_the_bits_that_they_have_alone(engine):
-    together = _run(engine.trainer, *PLANS)
-    alone = {plan.job: _run(engine.trainer, plan)[plan.job] for plan in PLANS}
+    together = trained(engine.trainer, *PLANS)
+    alone = {plan.job: trained(engine.trainer, plan)[plan.job] for plan in PLANS}
     assert [job for job in alone if alone[job] != together[job]] == []
 
 
 def test_a_job_goes_on_from_a_checkpoint_to_the_same_bits(engine):
     trainer = engine.trainer
-    [whole] = _run(trainer, PLANS[1]).values()
+    [whole] = trained(trainer, PLANS[1]).values()
     trainer.begin(PLANS[1])
     while not any(isinstance(event, StepDone) for event in trainer.advance()):
         pass
@@ -137,8 +88,8 @@ def test_five_steps_of_plain_descent_are_those_of_keras_hub(engine_of, name):
         count = int(mask.sum())
         more = [int(labels[count - 1])] if weights[count - 1] else []
         token_ids = (*map(int, ids[:count]), *more)
-        trained = (False, *(bool(each) for each in weights[: len(token_ids) - 1]))
-        rows.append(TrainingRow(token_ids, trained))
+        is_trained = (False, *(bool(each) for each in weights[: len(token_ids) - 1]))
+        rows.append(TrainingRow(token_ids, is_trained))
     form = LoraForm("keras", 4, 4.0, ("query", "value"))
     empty = first_adapter(engine._config, form, 0)
     pairs = {
@@ -146,7 +97,7 @@ def test_five_steps_of_plain_descent_are_those_of_keras_hub(engine_of, name):
         for (layer, target), (_, b) in empty.pairs.items()
     }
     trainer = SlicedTrainer(engine._config, engine._batches, max_rank=8, optimizer=Sgd())
-    plan = _plan(
+    plan = plan_of(
         "golden",
         rows=tuple(rows),
         num_steps=5,

@@ -51,6 +51,15 @@ def rows_of_step(plan: TrainingPlan, step: int) -> list[int]:
     return [int(index) for index in order[first : first + plan.batch_size]]
 
 
+def num_tokens_of(plan: TrainingPlan) -> int:
+    """Of all steps. Whole epochs are not looked at one by one: there may be a million steps."""
+    num_epochs, num_more = divmod(plan.num_steps, steps_per_epoch(plan))
+    lengths = [len(row.token_ids) for row in plan.rows]
+    last = range(plan.num_steps - num_more + 1, plan.num_steps + 1)
+    more = sum(lengths[index] for step in last for index in rows_of_step(plan, step))
+    return num_epochs * sum(lengths) + more
+
+
 @dataclass(frozen=True, slots=True)
 class PlacedRow:
     """A row in a micro-batch, from token ``offset`` on."""

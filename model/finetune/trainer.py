@@ -23,6 +23,7 @@ from model.finetune.row_order import (
     MAX_ADAPTERS,
     MAX_ROW_TOKENS,
     MICRO_BATCH_TOKENS,
+    num_tokens_of,
     room_of,
     rows_of_step,
     size_of,
@@ -90,17 +91,15 @@ class SlicedTrainer:
 
     def estimate(self, plan: TrainingPlan) -> TrainingEstimate:
         """From steps at the beginning, each by itself."""
-        num_tokens, seen, padded, seconds = 0, 0, 0, 0.0
-        for step in range(1, plan.num_steps + 1):
+        seen, padded, seconds = 0, 0, 0.0
+        for step in range(1, min(plan.num_steps, _ESTIMATED_STEPS) + 1):
             rows = [plan.rows[index] for index in rows_of_step(plan, step)]
-            tokens = sum(len(row.token_ids) for row in rows)
-            num_tokens += tokens
-            if step <= _ESTIMATED_STEPS:
-                seen += tokens
-                for size, num_trained in _micro_batches(rows):
-                    padded += size
-                    num_groups = -(-num_trained // HEAD_PLACES)
-                    seconds += self._seconds[size] + num_groups * self._head_seconds
+            seen += sum(len(row.token_ids) for row in rows)
+            for size, num_trained in _micro_batches(rows):
+                padded += size
+                num_groups = -(-num_trained // HEAD_PLACES)
+                seconds += self._seconds[size] + num_groups * self._head_seconds
+        num_tokens = num_tokens_of(plan)
         scale = num_tokens / max(seen, 1)
         return TrainingEstimate(num_tokens, round(padded * scale), seconds * scale)
 
@@ -283,7 +282,8 @@ def _micro_batches(rows: Sequence[TrainingRow]) -> list[tuple[int, int]]:
     found = []
     for size in MICRO_BATCH_TOKENS:
         own = [row for row in rows if size_of(row) == size]
+        # In rooms that are powers of two none is left over.
         count = -(-sum(map(room_of, own)) // size)
         num_trained = sum(sum(row.is_trained) for row in own)
-        found += [(size, -(-num_trained // count))] * count
+        found += [(size, -(-num_trained // count)) for _ in range(count)]
     return found
