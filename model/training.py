@@ -142,10 +142,13 @@ class JobDone:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """It cannot go on; what the step before left can still be read."""
+    """It cannot go on; what the step before left can still be read.
+
+    ``internal`` is a bug, whose traceback the log has.
+    """
 
     job: str
-    code: Literal["non_finite_loss", "out_of_memory"]
+    code: Literal["non_finite_loss", "out_of_memory", "internal"]
     detail: str
 
 

@@ -43,6 +43,7 @@ def _loss(config, weights, x, ids, is_trained):
 
 def _by_head(form, target, a, b):
     """A [heads, in, rank] and B [heads, rank, out]; one head if the heads share both."""
+    a, b = jnp.asarray(a, jnp.float64), jnp.asarray(b, jnp.float64)
     if form.layout == "peft":
         return a.T[None], b.T[None] * (form.alpha / form.rank)
     if target in ("query", "key", "value"):

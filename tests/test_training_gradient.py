@@ -50,8 +50,8 @@ def trainer_of(engine, optimizer=None):
 
 
 # Of each tensor's norm. The first of these random presets has logits at the ends of its soft cap,
-# where float32 loses digits of the slope: `jax.grad` in float32 is 6e-5 away from float64 there, and
-# 2e-5 on the second; measured here are 8e-5 and 2e-5.
+# where float32 loses digits of the slope: `jax.grad` in float32 is 6e-5 away from float64 there,
+# and 2e-5 on the second; measured here are 8e-5 and 2e-5.
 @pytest.mark.parametrize(("name", "tolerance"), [("gemma2_tiny", 1.5e-4), ("gemma3_tiny", 4e-5)])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.layout)
 def test_a_packed_step_has_the_gradient_of_a_plain_forward_pass(engine_of, name, tolerance, form):

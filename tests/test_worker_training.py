@@ -55,7 +55,13 @@ from service.worker.adapter_store import digest_of
 from service.worker.checkpoints import newest_checkpoint
 from service.worker.training_plan import MAX_STEPS
 from tests.fakes.arithmetic_engine import EXIT
-from tests.fakes.arithmetic_trainer import LOSS_NOT_FINITE, adapter_bytes, number_after
+from tests.fakes.arithmetic_trainer import (
+    LOSS_NOT_FINITE,
+    RAISE,
+    RAISE_AT_BEGIN,
+    adapter_bytes,
+    number_after,
+)
 from tests.worker_process import FORM, prepare, running_worker
 
 ROWS = tuple(IdsRow((0, number, 2 * number)) for number in range(1, 8))
@@ -324,6 +330,31 @@ def test_a_loss_that_is_no_number_fails_the_job_and_no_other(tmp_path):
         assert (ends["a"].end, ends["a"].code) == ("failed", "non_finite_loss")
         assert ends["b"].end == "succeeded"
         assert not any(each.is_last for each in worker.events_of(JobVersion) if each.job_id == "a")
+
+
+def test_a_slice_that_raises_ends_the_jobs_that_were_in_it_and_the_worker_goes_on(tmp_path):
+    command = prepare("c", *ROWS, steps=3)
+    with running_worker() as worker:
+        bad = prepare("a", *ROWS, IdsRow((0, RAISE)), steps=50)
+        worker.send(bad, prepare("b", *ROWS, steps=10_000))
+        worker.wait(JobPrepared, lambda event: event.job_id == "b")
+        worker.send(*(StartJob(each, str(tmp_path / each), 0) for each in "ab"))
+        ends = {event.job_id: event for event in (worker.wait(JobEnded), worker.wait(JobEnded))}
+        assert {(end.end, end.code) for end in ends.values()} == {("failed", "internal")}
+        assert first_token(worker, "r", None) == 3
+        # Nothing of them is left in the trainer.
+        assert trained(worker, command, tmp_path / "c").digest == last_digest(command, 3)
+        assert len(worker.events_of(JobEnded)) == 3
+
+
+def test_a_job_that_cannot_begin_fails_and_no_other(tmp_path):
+    with running_worker() as worker:
+        worker.send(prepare("a", IdsRow((0, RAISE_AT_BEGIN))), prepare("b", *ROWS, steps=3))
+        worker.wait(JobPrepared, lambda event: event.job_id == "b")
+        worker.send(*(StartJob(each, str(tmp_path / each), 0) for each in "ab"))
+        ends = {event.job_id: event for event in (worker.wait(JobEnded), worker.wait(JobEnded))}
+        assert (ends["a"].end, ends["a"].code) == ("failed", "internal")
+        assert ends["b"].end == "succeeded"
 
 
 def test_a_job_without_room_for_its_checkpoint_is_paused_and_goes_on_when_there_is_some(tmp_path):

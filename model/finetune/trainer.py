@@ -6,9 +6,11 @@ finite, the jobs that shared the micro-batch make their step again, each by itse
 who is not finite alone.
 """
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 
+import jax
 import numpy as np
 
 from model.adapter_file import read_adapter
@@ -40,10 +42,14 @@ from model.training import (
 
 # A slice ends with the piece in which this is reached.
 _SLICE_SECONDS = 0.02
+# How XLA says that an allocation failed.
+_NO_ROOM = "RESOURCE_EXHAUSTED"
 # Steps that an estimate looks at one by one.
 _ESTIMATED_STEPS = 64
 
 Chosen = list[tuple[Job, RowWork]]
+
+_logger = logging.getLogger(__name__)
 
 
 class SlicedTrainer:
@@ -160,8 +166,8 @@ class SlicedTrainer:
                 next(self._running)
             except StopIteration:
                 self._running = None
-            except MemoryError as error:
-                self._fail_all(str(error))
+            except Exception as error:
+                self._fail_chosen(error)
         events, self._events = self._events, []
         return events
 
@@ -193,11 +199,12 @@ class SlicedTrainer:
         if events and isinstance(events[-1], JobDone | JobFailed):
             self._ended.add(job.plan.job)
 
-    def _fail_all(self, detail: str) -> None:
+    def _fail_chosen(self, error: Exception) -> None:
+        """Whoever was in the micro-batch; nothing of anybody else was touched."""
         self._running = None
         for job in _jobs_of(self._chosen):
             if self._is_live(job):
-                self._note(job, [JobFailed(job.plan.job, "out_of_memory", detail)])
+                self._note(job, [_failure(job, error)])
 
     def _choose(self) -> Chosen:
         """Rows of the next micro-batch, the longest rooms first; they are no longer waiting."""
@@ -267,6 +274,17 @@ class SlicedTrainer:
             if job.is_complete and self._is_live(job):
                 yield
                 self._note(job, job.finish())
+
+
+def _failure(job: Job, error: Exception) -> JobFailed:
+    is_of_device = isinstance(error, jax.errors.JaxRuntimeError) and _NO_ROOM in str(error)
+    if isinstance(error, MemoryError) or is_of_device:
+        _logger.warning("job %s: %s", job.plan.job, error)
+        detail = f"There was not enough memory for step {job.step + 1}."
+        return JobFailed(job.plan.job, "out_of_memory", detail)
+    _logger.error("job %s failed", job.plan.job, exc_info=error)
+    detail = f"Step {job.step + 1} failed. The log has the details."
+    return JobFailed(job.plan.job, "internal", detail)
 
 
 def _jobs_of(chosen: Chosen) -> list[Job]:

@@ -218,7 +218,7 @@ class TrainingDesk:
         events: list[TrainingEvent] = []
         longest, began = 0.0, self._clock()
         while self.has_work:
-            for event in self._trainer.advance():
+            for event in self._advance(self._trainer):
                 events += self._taken(event)
             now = self._clock()
             self._seconds += now - began
@@ -227,6 +227,18 @@ class TrainingDesk:
             if now + longest > until:
                 break
         return events
+
+    def _advance(self, trainer: Trainer) -> Sequence[Trained]:
+        """One slice. Whatever it raises it would raise again, here and in a new process, if the
+        jobs stayed; so they end, and others are served.
+        """
+        try:
+            return trainer.advance()
+        except Exception:
+            log.exception("a slice of training failed")
+            detail = "Training failed. The log has the details."
+            jobs = [job for job in self._jobs.values() if job.is_training]
+            return [JobFailed(job.plan.job, "internal", detail) for job in jobs]
 
     def _begin(self, job: _Job, found: CheckpointRead) -> Sequence[TrainingEvent]:
         """The folder was looked into."""
@@ -244,6 +256,10 @@ class TrainingDesk:
         except ModelError as error:
             code = "internal" if content is None else "storage_error"
             return self._end(job, "failed", code, str(error))
+        except Exception:
+            log.exception("job %s cannot begin", job.plan.job)
+            detail = "Training could not begin. The log has the details."
+            return self._end(job, "failed", "internal", detail)
         job.is_training = True
         job.checked_at, job.checked_step = self._clock(), job.step
         # Its version may not have been heard of, and was in memory only.

@@ -39,6 +39,9 @@ MODULUS = 997
 # Tokens that make a step fail, as a real one might.
 LOSS_NOT_FINITE = 911
 OUT_OF_MEMORY = 912
+# One that makes the slice raise, and one with which no job begins.
+RAISE = 913
+RAISE_AT_BEGIN = 914
 # Rows of a training step are filled up to so many tokens.
 PADDED_TOKENS = 8
 
@@ -133,6 +136,8 @@ class ArithmeticTrainer:
 
     def begin(self, plan: TrainingPlan, checkpoint: bytes | None = None) -> int:
         assert plan.job not in self._jobs, "it has begun"
+        if any(RAISE_AT_BEGIN in row.token_ids for row in plan.rows):
+            raise RuntimeError("beginning failed")
         job = _Running(plan, 0)
         if plan.initial is not None:
             job.number = _opened(plan.initial)["number"]
@@ -185,6 +190,8 @@ class ArithmeticTrainer:
             return [JobFailed(plan.job, "non_finite_loss", f"At step {job.step + 1}.")]
         if OUT_OF_MEMORY in row.token_ids:
             return [JobFailed(plan.job, "out_of_memory", f"At step {job.step + 1}.")]
+        if RAISE in row.token_ids:
+            raise RuntimeError("the slice failed")
         job.added += learned(row)
         job.row += 1
         if job.row < len(rows):
