@@ -21,13 +21,16 @@ from typing import Literal, Protocol, runtime_checkable
 Schedule = Literal["constant", "linear", "cosine"]
 Layout = Literal["keras", "peft"]
 
+# Tokens that a row may have at most.
+MAX_ROW_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
     """One text.
 
     Attributes:
-        token_ids: All of it, ``<bos>`` and end included.
+        token_ids: All of it, ``<bos>`` and end included; at most `MAX_ROW_TOKENS`.
         is_trained: Which of them are to be predicted; never the first.
     """
 

@@ -372,6 +372,7 @@ def test_jobs_wait_for_the_model_that_they_were_made_for_and_take_nobody_s_place
         ({"targets": ["query", "query"]}, "/targets"),
         ({"learning_rate": 0}, "/learning_rate"),
         ({"max_length": 65}, "/max_length"),
+        ({"max_length": 513}, "/max_length"),
         ({"publish": {"every": 0}}, "/publish/every"),
         ({"publish": {"every": 2, "steps": 1}}, "/publish/steps"),
         ({"publish": {}}, "/publish/every"),

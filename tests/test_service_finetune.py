@@ -65,6 +65,21 @@ def test_a_job_is_followed_to_its_end_and_its_versions_answer(tmp_path):
         assert tokens["gemma"] == [3] != tokens["gemma:tone"] == tokens["gemma:tone@6"]
 
 
+def test_rows_that_are_too_long_to_be_trained_are_refused_by_their_place(tmp_path):
+    with running_service(tmp_path, "--context-tokens", "2048") as service:
+        assert service.get("/info").json()["limits"]["job_row_tokens"] == 512
+        long = {"token_ids": [1] * 513}
+        body = {**JOB, "data": [*ROWS, long], "validation": [{"text": "1 " * 600}]}
+        response = service.client.post("/finetune", json=body)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_field")
+        errors = response.json()["errors"]
+        assert [each["pointer"] for each in errors] == ["/data/6", "/validation/0"]
+        assert "513 tokens; it may have 512" in errors[0]["detail"]
+        assert "602 tokens" in errors[1]["detail"]
+        fitting = {**JOB, "data": [{"token_ids": [1] * 512}], "steps": 1}
+        assert service.client.post("/finetune", json=fitting).status_code == 202
+
+
 def test_a_job_that_is_cancelled_stays_so(tmp_path):
     with running_service(tmp_path, ARITHMETIC_SLICE_SECONDS="0.02") as service:
         job_id = post(service, steps=10_000)

@@ -1,14 +1,18 @@
 """Rows of jobs as tokens, worked out by hand on numbers and on the tiny preset's vocabulary."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from model.chat import Message, chat_tokens, plain_ids
 from model.errors import RequestInvalid
+from model.finetune.row_order import MICRO_BATCH_TOKENS
 from model.ids_only import IdsOnly
 from model.slots import EngineInfo, EngineOptions, TextCodec
 from model.tokenizer import Tokenizer
+from model.training import MAX_ROW_TOKENS
+from service.api import finetune_schemas
 from service.protocol.training import (
     ChatMessage,
     ChatRow,
@@ -93,6 +97,17 @@ def test_no_row_is_longer_than_a_slot_whatever_the_job_says():
     assert len(reader(512).read(IdsRow((1,) * 64)).token_ids) == 64
     with pytest.raises(InvalidRow, match="it may have 64"):
         reader(512).read(IdsRow((1,) * 65))
+
+
+def test_no_row_is_longer_than_the_trainer_takes_however_long_a_slot_is():
+    long = RowReader(replace(ENGINE.info, context_tokens=4096), ENGINE.codec, 4096)
+    assert len(long.read(IdsRow((1,) * 512)).token_ids) == 512
+    with pytest.raises(InvalidRow, match=r"513 tokens; it may have 512"):
+        long.read(IdsRow((1,) * 513))
+
+
+def test_the_longest_row_is_the_same_on_both_sides_of_the_wall_and_has_a_program():
+    assert finetune_schemas.MAX_ROW_TOKENS == MAX_ROW_TOKENS == MICRO_BATCH_TOKENS[-1]
 
 
 def test_of_a_text_that_is_far_too_long_only_the_beginning_is_encoded():

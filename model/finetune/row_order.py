@@ -11,7 +11,6 @@ from model.training import TrainingPlan, TrainingRow
 # up to 128 tokens the first, in which several rows have room, and then one that it fills.
 MICRO_BATCH_TOKENS = (128, 256, 512)
 _SHARED_TOKENS = MICRO_BATCH_TOKENS[0]
-MAX_ROW_TOKENS = MICRO_BATCH_TOKENS[-1]
 # Adapters that a micro-batch may hold.
 MAX_ADAPTERS = 8
 _ROOMS = (16, 32, 64, 128, 256, 512)

@@ -23,7 +23,6 @@ from model.finetune.optimizers import AdamW, Optimizer
 from model.finetune.pairs import first_adapter, named
 from model.finetune.row_order import (
     MAX_ADAPTERS,
-    MAX_ROW_TOKENS,
     MICRO_BATCH_TOKENS,
     num_tokens_of,
     room_of,
@@ -32,6 +31,7 @@ from model.finetune.row_order import (
 )
 from model.lora_adapter import LoraAdapter, LoraForm
 from model.training import (
+    MAX_ROW_TOKENS,
     JobDone,
     JobFailed,
     TrainingEstimate,

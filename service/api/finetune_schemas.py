@@ -18,12 +18,14 @@ from pydantic import (
 
 from service.adapters import ADAPTER_NAME
 from service.api.finetune_rows import ROWS_SCHEMA, read_rows
-from service.api.strict_model import MAX_TOKENS, StrictModel as _Model, refusal
+from service.api.strict_model import StrictModel as _Model, refusal
 from service.protocol.training import Row
 
 MAX_STEPS = 1_000_000
 MAX_RANK = 64
 MAX_BATCH = 256
+# As the worker's trainer has them.
+MAX_ROW_TOKENS = 512
 MAX_VALIDATION_SHARE = 0.5
 MAX_METADATA = 16
 MAX_METADATA_CHARACTERS = 512
@@ -186,7 +188,10 @@ class FinetuneRequest(_Model):
         1.0, description="Greatest norm of the gradient; null: as it is."
     )
     max_length: int = Field(
-        512, ge=2, le=MAX_TOKENS, description="Tokens of a row; a longer one is refused."
+        MAX_ROW_TOKENS,
+        ge=2,
+        le=MAX_ROW_TOKENS,
+        description="Tokens of a row; a longer one is refused.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the first A and the order of rows.")
     publish: Annotated[

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.api import intervention_schemas, schemas, score_schemas
+from service.api import finetune_schemas, intervention_schemas, schemas, score_schemas
 from service.api.schemas import AdapterLimits, Health, Info, Ready, SelfTestResult
 from service.api.state import State
 from service.errors import Loading, WorkerRestarting, error_responses
@@ -112,6 +112,7 @@ def _limits(state: State, context_tokens: int, vocabulary_size: int) -> dict[str
         "queue_tokens": settings.queue_tokens,
         "body_bytes": settings.body_bytes,
         "job_rows": settings.job_rows,
+        "job_row_tokens": min(finetune_schemas.MAX_ROW_TOKENS, context_tokens),
         "job_steps": settings.job_steps,
         "running_jobs": settings.running_jobs,
         "queued_jobs": settings.queued_jobs,

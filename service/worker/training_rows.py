@@ -13,7 +13,7 @@ A prompt and its completion are tokenised apart, as they are when the prompt is 
 from model.chat import Message, chat_tokens
 from model.errors import RequestInvalid
 from model.slots import EngineInfo, TextCodec
-from model.training import TrainingRow
+from model.training import MAX_ROW_TOKENS, TrainingRow
 from service.protocol.training import ChatRow, IdsRow, PromptRow, Row, TextRow
 
 # Of a text that is encoded at once before it is known whether it is far too long.
@@ -36,13 +36,13 @@ class RowReader:
     Args:
         info: Of the engine.
         codec: Of the engine.
-        max_length: Tokens that a row may have; never more than a slot holds.
+        max_length: Tokens that a row may have; never more than a slot holds, or a trainer takes.
     """
 
     def __init__(self, info: EngineInfo, codec: TextCodec, max_length: int) -> None:
         self._vocabulary_size = info.vocabulary_size
         self._codec = codec
-        self._max_length = min(max_length, info.context_tokens)
+        self._max_length = min(max_length, info.context_tokens, MAX_ROW_TOKENS)
 
     def read(self, row: Row) -> TrainingRow:
         """A row, ready to be learned.
