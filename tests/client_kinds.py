@@ -10,6 +10,7 @@ from typing import Any, Literal
 from service.client import (
     AsyncGemmaClient,
     AsyncGenerationStream,
+    AsyncJob,
     GemmaClient,
     GenerationStream,
 )
@@ -39,10 +40,17 @@ class Blocking:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = found(*args, **kwargs)
             if inspect.iscoroutine(result):
-                return self._run(result)
+                return self._of_jobs(self._run(result))
             return Blocking(result, self._runner)
 
         return call
+
+    def _of_jobs(self, result: Any) -> Any:
+        if isinstance(result, AsyncJob):
+            return Blocking(result, self._runner)
+        if isinstance(result, list):
+            return [self._of_jobs(each) for each in result]
+        return result
 
     def __enter__(self) -> "Blocking":
         self._run(self._inner.__aenter__())

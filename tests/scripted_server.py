@@ -26,12 +26,13 @@ def problem(status: int, code: str, **fields: Any) -> dict[str, Any]:
 
 
 class ScriptedServer:
-    """Attributes: ``url``, and the ``bodies`` of the requests that came."""
+    """Attributes: ``url``, and ``heads`` and ``bodies`` of the requests that came."""
 
     def __init__(self, answers: Sequence[bytes]) -> None:
         self._answers = list(answers)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.heads: list[dict[str, str]] = []
         self.bodies: list[bytes] = []
 
     def serve(self) -> None:
@@ -43,7 +44,9 @@ class ScriptedServer:
                 except OSError:
                     return
                 silent.enter_context(connection)
-                self.bodies.append(_read_request(connection))
+                head, body = _read_request(connection)
+                self.heads.append(head)
+                self.bodies.append(body)
                 if answer:
                     connection.sendall(answer)
                     connection.close()
@@ -57,13 +60,14 @@ class ScriptedServer:
         self._listener.close()
 
 
-def _read_request(connection: socket.socket) -> bytes:
+def _read_request(connection: socket.socket) -> tuple[dict[str, str], bytes]:
+    """Headers by their names in lower case, and the body."""
+    head = {}
     with connection.makefile("rb") as stream:
-        num_bytes = 0
         while (line := stream.readline()) not in (b"\r\n", b""):
-            if line.lower().startswith(b"content-length:"):
-                num_bytes = int(line.partition(b":")[2])
-        return stream.read(num_bytes)
+            name, _, value = line.decode().partition(":")
+            head[name.lower()] = value.strip()
+        return head, stream.read(int(head.get("content-length", 0)))
 
 
 @contextlib.contextmanager

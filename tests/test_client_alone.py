@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from service.client import generate, ops, score
+from service.client import adapters, generate, jobs, ops, score
 from tests.service_process import running_service
 
 ROOT = Path(__file__).parents[1]
@@ -26,13 +26,14 @@ with GemmaClient(sys.argv[1]) as client:
     with client.stream("1 2 3", max_tokens=3, temperature=0) as stream:
         streamed = "".join(stream.text)
     scores = client.score([{"text": "1 2"}])
+    job = client.finetune([{"token_ids": [1, 2]}], adapter="tone", steps=2).watch()
 
 async def main():
     async with AsyncGemmaClient(sys.argv[1]) as client:
         return (await client.generate("1 2 3", max_tokens=3, temperature=0)).text
 
 logprob = scores.results[0].targets[0].logprob
-print(json.dumps([whole, streamed, asyncio.run(main()), logprob]))
+print(json.dumps([whole, streamed, asyncio.run(main()), logprob, job.status]))
 """
 
 
@@ -83,7 +84,8 @@ def test_the_client_works_where_nothing_else_is_installed(packages, tmp_path):
 
     assert done.returncode == 0, done.stderr
     # 1 after <bos> (0) and 2 after 1 have rank 1, so -2 each.
-    assert json.loads(done.stdout) == [" 6 12 24", " 6 12 24", " 6 12 24", -4.0]
+    assert json.loads(done.stdout) == [*[" 6 12 24"] * 3, -4.0, "succeeded"]
+    assert "tone  succeeded" in done.stderr.splitlines()[-1] or done.stderr
 
 
 @pytest.mark.parametrize("module", ["fastapi", "jax", "numpy", "msgspec", "model", "service.app"])
@@ -115,6 +117,8 @@ CONTRACT = json.loads((ROOT / "openapi" / "openapi.json").read_text())["componen
     [
         ("GenerateRequest", generate.GenerateFields, {"prompt", "stream"}),
         ("ScoreRequest", score.ScoreFields, {"inputs"}),
+        ("FinetuneRequest", jobs.FinetuneFields, {"adapter", "data", "dry_run"}),
+        ("MoveLive", adapters.PromoteFields, {"live"}),
     ],
 )
 def test_every_field_of_a_request_can_be_given(request_, fields, arguments):
@@ -143,6 +147,20 @@ def test_every_field_of_a_request_can_be_given(request_, fields, arguments):
         ("Info", ops.Info),
         ("SelfTestResult", ops.SelfTestResult),
         ("AdapterLimits", ops.AdapterLimits),
+        ("Job", jobs.JobState),
+        ("ResolvedHyperparameters", jobs.Hyperparameters),
+        ("JobMetrics", jobs.JobMetrics),
+        ("JobError", jobs.JobError),
+        ("JobList", jobs.JobList),
+        ("DryRun", jobs.DryRun),
+        ("RowTokens", jobs.RowTokens),
+        ("JobEvent", jobs.StoredEvent),
+        ("JobEvents", jobs.StoredEvents),
+        ("Adapter", adapters.Adapter),
+        ("Version", adapters.Version),
+        ("VersionMetrics", adapters.VersionMetrics),
+        ("AdapterSummary", adapters.AdapterSummary),
+        ("AdapterList", adapters.AdapterList),
     ],
 )
 def test_every_field_of_an_answer_has_a_type(schema, answer):

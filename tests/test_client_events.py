@@ -11,9 +11,9 @@ RECORDED = (
     "event: done\nid: 2\ndata: {}\n\n"
 ).encode()
 EVENTS = [
-    Event("start", '{"id":"gen_1","prompt_tokens":[2]}'),
-    Event("token", '{"text":" é: ","token_ids":[7,8]}'),
-    Event("done", "{}"),
+    Event("start", '{"id":"gen_1","prompt_tokens":[2]}', "0"),
+    Event("token", '{"text":" é: ","token_ids":[7,8]}', "1"),
+    Event("done", "{}", "2"),
 ]
 
 

@@ -3,14 +3,17 @@
 from service.client import GemmaClient
 """
 
+from service.client.adapters import Adapter, AdapterSummary, Version
 from service.client.client import AsyncGemmaClient, GemmaClient
 from service.client.errors import (
     Conflict,
     ConnectionFailed,
     ConnectionLost,
+    DataUnreadable,
     FieldError,
     GemmaError,
     InvalidField,
+    JobFailed,
     NotFound,
     RequestError,
     ServiceError,
@@ -30,6 +33,17 @@ from service.client.generate import (
     StartEvent,
     TokenEvent,
 )
+from service.client.job import AsyncJob, Job
+from service.client.job_events import (
+    EvalEvent,
+    JobDoneEvent,
+    JobEvent,
+    JobFailedEvent,
+    StatusEvent,
+    StepEvent,
+    VersionEvent,
+)
+from service.client.jobs import DryRun, FinetuneFields, JobState
 from service.client.ops import Health, Info, Ready
 from service.client.residual_stream import Capture, Intervention, Vector, vector
 from service.client.score import (
@@ -41,16 +55,24 @@ from service.client.score import (
     Scores,
 )
 from service.client.streams import AsyncGenerationStream, GenerationStream
+from service.client.training_data import TrainingData
 
 __all__ = [
+    "Adapter",
+    "AdapterSummary",
     "AsyncGemmaClient",
     "AsyncGenerationStream",
+    "AsyncJob",
     "Capture",
     "Conflict",
     "ConnectionFailed",
     "ConnectionLost",
+    "DataUnreadable",
     "DoneEvent",
+    "DryRun",
+    "EvalEvent",
     "FieldError",
+    "FinetuneFields",
     "GemmaClient",
     "GemmaError",
     "GenerateFields",
@@ -61,6 +83,12 @@ __all__ = [
     "Info",
     "Intervention",
     "InvalidField",
+    "Job",
+    "JobDoneEvent",
+    "JobEvent",
+    "JobFailed",
+    "JobFailedEvent",
+    "JobState",
     "NotFound",
     "Output",
     "OutputEnd",
@@ -76,10 +104,15 @@ __all__ = [
     "ServiceError",
     "ServiceFailed",
     "StartEvent",
+    "StatusEvent",
+    "StepEvent",
     "TimedOut",
     "TokenEvent",
+    "TrainingData",
     "Unavailable",
     "UnexpectedAnswer",
     "Vector",
+    "Version",
+    "VersionEvent",
     "vector",
 ]

@@ -1,9 +1,11 @@
 """One request as it is sent, and the reading of its answer: all without a socket."""
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -11,6 +13,7 @@ from service.client.errors import GemmaError, UnexpectedAnswer, error_of_respons
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
+FILE = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,24 +21,49 @@ class Call:
     """One request.
 
     Attributes:
-        method: GET, POST or DELETE.
+        method: GET, POST, PUT, PATCH or DELETE.
         path: Below the address of the service.
-        body: JSON, or None for no body at all.
+        body: JSON or a file; None for no body at all.
+        content_type: Of the body.
         accept: Media type of the answer.
+        key: Idempotency-Key. What has one is done once, however often it is sent.
+        last_event_id: Of a stream that goes on behind this event.
         statuses: Those whose body is the answer; any other is an error.
         error: Makes the exception of any other, from status, headers and body.
     """
 
-    method: Literal["GET", "POST", "DELETE"]
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
     path: str
     body: bytes | None = field(default=None, repr=False)
+    content_type: str = JSON
     accept: str = JSON
+    key: str | None = None
+    last_event_id: int | None = None
     statuses: frozenset[int] = frozenset({200})
     error: Callable[[int, Mapping[str, str], bytes], GemmaError] = error_of_response
 
     def headers(self) -> dict[str, str]:
-        content = {} if self.body is None else {"Content-Type": JSON}
-        return {"Accept": self.accept, **content}
+        """Those that differ between calls."""
+        told = {"Accept": self.accept}
+        if self.body is not None:
+            told["Content-Type"] = self.content_type
+        if self.key is not None:
+            told["Idempotency-Key"] = self.key
+        if self.last_event_id is not None:
+            told["Last-Event-ID"] = str(self.last_event_id)
+        return told
+
+
+def new_key() -> str:
+    """An Idempotency-Key that nobody has used."""
+    return uuid.uuid4().hex
+
+
+def below(path: str, *names: str | int, **query: object) -> str:
+    """The path of ``names`` below ``path``, and what is asked of it; None is left out."""
+    parts = [path, *(quote(str(name), safe="") for name in names)]
+    told = urlencode({name: value for name, value in query.items() if value is not None})
+    return "/".join(parts) + (f"?{told}" if told else "")
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:

@@ -8,6 +8,8 @@
       - InvalidField          422: ``errors`` has a pointer for each wrong field
     + Unavailable             429, 503: send the same again after ``retry_after_s``
     + ServiceFailed           5xx: the request was fine, and the service failed it
+  x JobFailed                 a fine-tune job that was waited for has failed
+  x DataUnreadable            the file with the rows of a job: says which line
   x ConnectionFailed          nobody answers there; nothing was sent
   x ConnectionLost            broken off before the answer was whole
   x TimedOut                  no answer within ``timeout_s`` of the client
@@ -100,6 +102,30 @@ class Unavailable(ServiceError):
 
 class ServiceFailed(ServiceError):
     """The request was fine, and the service failed it."""
+
+
+class JobFailed(GemmaError):
+    """A fine-tune job ended without what was asked of it; versions that it made before stay.
+
+    Attributes:
+        job_id: Which job.
+        code: What to switch on, such as ``non_finite_loss``.
+        detail: For people.
+    """
+
+    def __init__(self, job_id: str, code: str, detail: str | None) -> None:
+        super().__init__(job_id, code, detail)
+        self.job_id = job_id
+        self.code = code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        told = self.code if self.detail is None else f"{self.detail} ({self.code})"
+        return f"Job {self.job_id} failed: {told}"
+
+
+class DataUnreadable(GemmaError):
+    """The rows of a job cannot be sent as they are; says which line of which file."""
 
 
 class ConnectionFailed(GemmaError):

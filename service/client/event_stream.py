@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The name of an event and its data, which is JSON in all that this service sends."""
+    """The name of an event, its data, which is JSON in all that this service sends, and its id."""
 
     name: str
     data: str
+    id: str | None = None
 
 
 class EventReader:
@@ -32,7 +33,9 @@ class EventReader:
             fields, self._fields = self._fields, {}
             if b"data" in fields:
                 name = fields.get(b"event", [b"message"])[-1]
-                yield Event(name.decode(), b"\n".join(fields[b"data"]).decode())
+                numbers = fields.get(b"id")
+                id_ = None if numbers is None else numbers[-1].decode()
+                yield Event(name.decode(), b"\n".join(fields[b"data"]).decode(), id_)
 
     def _whole_lines(self, piece: bytes) -> list[bytes]:
         """Without their ends; a carriage return at the end of a piece may be half of one."""

@@ -2,9 +2,13 @@
 
 A request that was refused with ``Retry-After`` (429 and 503) waits as long as that says; one that
 found nobody at the address waits 0.5 s, then 1 s, then 2 s each time. Nothing else is sent again,
-in particular nothing of whose answer a byte has come. Whatever is sent here has no effect but its
-answer, so this is safe: a worker that died in the middle of a generation left nothing behind, and
-the same request with the same seed gives the same answer.
+in particular nothing of whose answer a byte has come. Generating and scoring have no effect but
+their answer, so this is safe: a worker that died in the middle of a generation left nothing behind,
+and the same request with the same seed gives the same answer.
+
+What starts a job or uploads a file carries an Idempotency-Key, by which the service does it once:
+that is sent again also if its connection broke. Events of a job are stored, and asked for again
+from the last one that came, for as long as a silence may be.
 """
 
 from dataclasses import dataclass
@@ -35,10 +39,19 @@ class RetryRules:
 
 
 class Attempts:
-    """Those of one request, which began at ``now``."""
+    """Those of one request, which began at ``now``.
 
-    def __init__(self, rules: RetryRules, now: float) -> None:
+    Args:
+        rules: How often and for how long.
+        now: On a clock in seconds.
+        also: Errors after which this request may be sent again, beside those of every request.
+    """
+
+    def __init__(
+        self, rules: RetryRules, now: float, also: tuple[type[GemmaError], ...] = ()
+    ) -> None:
         self._rules = rules
+        self._again: tuple[type[GemmaError], ...] = (ConnectionFailed, *also)
         self._deadline = now + rules.timeout_s
         self._num_failed = 0
 
@@ -58,8 +71,8 @@ class Attempts:
 
     def _pause(self, error: GemmaError) -> float | None:
         """None: it would not help, or nobody knows when it would."""
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable) and error.retry_after_s is not None:
             return error.retry_after_s
-        if isinstance(error, ConnectionFailed):
+        if isinstance(error, self._again):
             return _CONNECTION_PAUSES[min(self._num_failed, len(_CONNECTION_PAUSES) - 1)]
         return None

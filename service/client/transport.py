@@ -3,14 +3,17 @@
     open: send, read the headers; refused? wait, send again  ->  a response whose body is unread
     send: open, then the whole body
     pieces: the body of an opened one as it comes
+    follow: the events of a job, over as many connections as it takes
+    save: open, then the whole body into a file
 
 This file is all that knows httpx, and httpx's exceptions end here.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from contextlib import aclosing, closing, contextmanager
+from pathlib import Path
 
 import httpx
 
@@ -20,14 +23,21 @@ from service.client.errors import (
     ConnectionLost,
     GemmaError,
     TimedOut,
+    Unavailable,
     UnexpectedAnswer,
 )
+from service.client.files import new_file
+from service.client.job_events import JobEvent, JobEventReader
 from service.client.retries import Attempts, RetryRules
 
 # As many connections as there are requests: how many are too many is for the service to say.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 # A host that is down may not answer at all; then there is time left to try again.
 _CONNECT_SECONDS = 10.0
+# Three pings of the service that did not come: the connection is gone, and nobody has said so.
+_SILENCE_SECONDS = 30.0
+# What leaves the stored events of a job to be asked for again.
+_BREAKS = (ConnectionLost, TimedOut, Unavailable)
 
 
 class Transport:
@@ -45,19 +55,25 @@ class Transport:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._rules = rules
+        self.rules = rules
         self._clock = clock
         self._sleep = sleep
         self._http = httpx.Client(base_url=_checked(url), limits=_LIMITS)
 
     def send(self, call: Call, rules: RetryRules | None = None) -> bytes:
         """The body of the answer."""
-        response = self.open(call, rules)
-        return b"".join(self.pieces(response))
+        attempts = Attempts(rules or self.rules, self._clock(), _also(call))
+        while True:
+            try:
+                response = self._attempt(call, attempts.seconds_left(self._clock()))
+                return b"".join(self.pieces(response))
+            except GemmaError as error:
+                seconds = attempts.seconds_until_next(error, self._clock())
+            self._sleep(seconds)
 
     def open(self, call: Call, rules: RetryRules | None = None) -> httpx.Response:
         """The answer before its body, after as many attempts as it takes. To be closed."""
-        attempts = Attempts(rules or self._rules, self._clock())
+        attempts = Attempts(rules or self.rules, self._clock())
         while True:
             try:
                 return self._attempt(call, attempts.seconds_left(self._clock()))
@@ -65,7 +81,33 @@ class Transport:
                 seconds = attempts.seconds_until_next(error, self._clock())
             self._sleep(seconds)
 
-    def pieces(self, response: httpx.Response) -> Iterator[bytes]:
+    def follow(self, reader: JobEventReader) -> Generator[JobEvent]:
+        """The events of a job to its last one."""
+        attempts = self._attempts_to_follow()
+        while not reader.is_over:
+            error: GemmaError = ConnectionLost("The events of a job ended before it did.")
+            try:
+                response = self._attempt(reader.call(), self._silence())
+                with closing(self.pieces(response)) as pieces:
+                    for piece in pieces:
+                        attempts = self._attempts_to_follow()
+                        yield from reader.feed(piece)
+            except GemmaError as broken:
+                error = broken
+            if not reader.is_over:
+                self._sleep(attempts.seconds_until_next(error, self._clock()))
+
+    def save(self, call: Call, path: Path) -> None:
+        """Writes the answer to ``path`` as it comes; a file that is there stays until it is whole.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        with new_file(path) as file, closing(self.pieces(self.open(call))) as pieces:
+            for piece in pieces:
+                file.write(piece)
+
+    def pieces(self, response: httpx.Response) -> Generator[bytes]:
         """Its body; closes it at the end."""
         try:
             with _own_errors(response.url):
@@ -86,6 +128,12 @@ class Transport:
         body = b"".join(self.pieces(response))
         raise call.error(response.status_code, response.headers, body)
 
+    def _silence(self) -> float:
+        return min(self.rules.timeout_s, _SILENCE_SECONDS)
+
+    def _attempts_to_follow(self) -> Attempts:
+        return _attempts_to_follow(self.rules, self._clock())
+
 
 class AsyncTransport:
     """The same for asyncio."""
@@ -98,23 +146,51 @@ class AsyncTransport:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._rules = rules
+        self.rules = rules
         self._clock = clock
         self._sleep = sleep
         self._http = httpx.AsyncClient(base_url=_checked(url), limits=_LIMITS)
 
     async def send(self, call: Call, rules: RetryRules | None = None) -> bytes:
-        response = await self.open(call, rules)
-        return b"".join([piece async for piece in self.pieces(response)])
+        attempts = Attempts(rules or self.rules, self._clock(), _also(call))
+        while True:
+            try:
+                response = await self._attempt(call, attempts.seconds_left(self._clock()))
+                return b"".join([piece async for piece in self.pieces(response)])
+            except GemmaError as error:
+                seconds = attempts.seconds_until_next(error, self._clock())
+            await self._sleep(seconds)
 
     async def open(self, call: Call, rules: RetryRules | None = None) -> httpx.Response:
-        attempts = Attempts(rules or self._rules, self._clock())
+        attempts = Attempts(rules or self.rules, self._clock())
         while True:
             try:
                 return await self._attempt(call, attempts.seconds_left(self._clock()))
             except GemmaError as error:
                 seconds = attempts.seconds_until_next(error, self._clock())
             await self._sleep(seconds)
+
+    async def follow(self, reader: JobEventReader) -> AsyncGenerator[JobEvent]:
+        attempts = self._attempts_to_follow()
+        while not reader.is_over:
+            error: GemmaError = ConnectionLost("The events of a job ended before it did.")
+            try:
+                response = await self._attempt(reader.call(), self._silence())
+                async with aclosing(self.pieces(response)) as pieces:
+                    async for piece in pieces:
+                        attempts = self._attempts_to_follow()
+                        for event in reader.feed(piece):
+                            yield event
+            except GemmaError as broken:
+                error = broken
+            if not reader.is_over:
+                await self._sleep(attempts.seconds_until_next(error, self._clock()))
+
+    async def save(self, call: Call, path: Path) -> None:
+        with new_file(path) as file:
+            async with aclosing(self.pieces(await self.open(call))) as pieces:
+                async for piece in pieces:
+                    await asyncio.to_thread(file.write, piece)
 
     async def pieces(self, response: httpx.Response) -> AsyncGenerator[bytes]:
         try:
@@ -135,6 +211,22 @@ class AsyncTransport:
             return response
         body = b"".join([piece async for piece in self.pieces(response)])
         raise call.error(response.status_code, response.headers, body)
+
+    def _silence(self) -> float:
+        return min(self.rules.timeout_s, _SILENCE_SECONDS)
+
+    def _attempts_to_follow(self) -> Attempts:
+        return _attempts_to_follow(self.rules, self._clock())
+
+
+def _also(call: Call) -> tuple[type[GemmaError], ...]:
+    """What is done once by its key may be sent again though its answer was lost."""
+    return () if call.key is None else (ConnectionLost,)
+
+
+def _attempts_to_follow(rules: RetryRules, now: float) -> Attempts:
+    """Counted in time alone: a service that is started again takes as long as it takes."""
+    return Attempts(RetryRules(None, rules.timeout_s), now, _BREAKS)
 
 
 def _checked(url: str) -> httpx.URL:
