@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsError
 
 from service import runtime
 from service.adapters import AdapterFileUnreadable, open_adapters
-from service.commands import COMMANDS, Command
+from service.commands import COMMANDS, SHARED, Command
 from service.data_directory import DataDirectory, DataDirectoryInUse
 from service.exit_status import Exit, ExitStatus
 from service.jobs.folders import Folders
@@ -35,6 +35,9 @@ commands:
   presets      list the presets: sizes, memory, and whether they are here
   fetch        download a preset and convert it
   export       write a preset as a Keras or Hugging Face directory
+  finetune     train an adapter in a running service
+  jobs         list, follow or cancel such jobs
+  adapters     list adapters and their versions
                (gemma-service COMMAND --help lists the options)
 
 options:
@@ -66,11 +69,12 @@ def _run(words: list[str]) -> int:
         case ["serve", *options]:
             _serve(_parsed(Settings, "serve", options))
         case [name, *options] if name in COMMANDS:
-            command = _parsed(COMMANDS[name], name, options)
-            log_to_stderr(command.log_level)
-            _warn_of_unknown_variables()
-            command.run()
-            sys.stdout.flush()
+            _run_command(COMMANDS[name], name, options)
+        case [("finetune" | "jobs" | "adapters") as name, *options]:
+            # Not above: the HTTP library takes longer to load than all that serve needs until then.
+            from service.client_commands import CLIENT_COMMANDS
+
+            _run_command(CLIENT_COMMANDS[name], name, options)
         case ["--version"]:
             _say(f"gemma-service {VERSION}")
         case ["--help" | "-h"]:
@@ -83,6 +87,14 @@ def _run(words: list[str]) -> int:
     return ExitStatus.OK
 
 
+def _run_command(kind: type[Command], name: str, options: list[str]) -> None:
+    command = _parsed(kind, name, options)
+    log_to_stderr(command.log_level)
+    _warn_of_unknown_variables()
+    command.run()
+    sys.stdout.flush()
+
+
 def _parsed(kind: type[_Options], command: str, options: list[str]) -> _Options:
     """Options and variables as settings. Raises `Exit`, also after a text that was asked for."""
     try:
@@ -91,8 +103,7 @@ def _parsed(kind: type[_Options], command: str, options: list[str]) -> _Options:
         # argparse has said what is wrong, and ends with a status of its own.
         raise Exit(ExitStatus.USAGE if exit_.code else ExitStatus.OK, "") from None
     except ValidationError as error:
-        positionals = kind.positionals if issubclass(kind, Command) else ()
-        raise Exit(ExitStatus.USAGE, _explain(error, positionals)) from error
+        raise Exit(ExitStatus.USAGE, _explain(error, kind)) from error
     except SettingsError as error:
         problem = str(error).removeprefix("error parsing CLI: ")
         raise Exit(
@@ -148,14 +159,18 @@ def _warn_of_unknown_variables() -> None:
             log.warning("%s is not a setting; gemma-service serve --help lists them", name)
 
 
-def _explain(error: ValidationError, positionals: Sequence[str]) -> str:
+def _explain(error: ValidationError, kind: type[BaseSettings]) -> str:
+    positionals: Sequence[str] = ()
+    variables = {*kind.model_fields}
+    if issubclass(kind, Command):
+        positionals, variables = kind.positionals, variables & SHARED
     lines = []
     for entry in error.errors(include_url=False, include_input=False):
         name = ".".join(str(part) for part in entry["loc"])
         option = "--" + name.replace("_", "-")
         if name in positionals:
             option = name.upper()
-        elif name in Settings.model_fields:
+        elif name in variables:
             option += f" (or GEMMA_{name.upper()})"
         lines.append(f"{option}: {entry['msg']}")
     return "\ngemma-service: ".join(lines)

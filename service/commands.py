@@ -23,18 +23,21 @@ from service.preset_table import print_presets
 from service.protocol.command_lines import Exported, Fetched, Listed
 from service.settings import Settings
 
+# Settings of the service that commands have, too, and that they mean the same by.
+SHARED = frozenset({"cache_dir", "context_tokens", "log_level"})
+
 _PresetName = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 
 
 class _SharedVariables(EnvSettingsSource):
-    """The environment gives a command what is a setting of the service, and nothing else."""
+    """The environment gives a command what it shares with the service, and nothing else."""
 
     def __call__(self) -> dict[str, Any]:
         found = super().__call__()
-        return {name: found[name] for name in found if name in Settings.model_fields}
+        return {name: found[name] for name in found if name in SHARED}
 
 
-def _shared(name: str) -> Any:
+def shared(name: str) -> Any:
     """A setting that commands have in common with ``serve``."""
     return Settings.model_fields[name]
 
@@ -55,8 +58,7 @@ class Command(BaseSettings):
     # Names of arguments that are no options.
     positionals: ClassVar[tuple[str, ...]] = ()
 
-    cache_dir: Path = _shared("cache_dir")
-    log_level: str = _shared("log_level")
+    log_level: str = shared("log_level")
 
     @classmethod
     def settings_customise_sources(
@@ -74,7 +76,13 @@ class Command(BaseSettings):
         """Does it, and prints the results. Raises `Exit`."""
 
 
-class Presets(Command):
+class _PresetCommand(Command):
+    """What is done with files of models."""
+
+    cache_dir: Path = shared("cache_dir")
+
+
+class Presets(_PresetCommand):
     """Lists the presets that have a name: sizes, memory, and whether they are here."""
 
     model_config = SettingsConfigDict(cli_prog_name="gemma-service presets")
@@ -84,7 +92,7 @@ class Presets(Command):
         validation_alias=AliasChoices("json"),
         description="Print one JSON object a line, with sizes in bytes.",
     )
-    context_tokens: int = _shared("context_tokens")
+    context_tokens: int = shared("context_tokens")
 
     def run(self) -> None:
         words = ["presets", "--cache-dir", str(self.cache_dir)]
@@ -100,7 +108,7 @@ class Presets(Command):
             sys.stdout.write(json.dumps(facts) + "\n")
 
 
-class Fetch(Command):
+class Fetch(_PresetCommand):
     """Downloads a preset and converts it, so that it is served at once and without a network."""
 
     model_config = SettingsConfigDict(cli_prog_name="gemma-service fetch")
@@ -125,7 +133,7 @@ class Fetch(Command):
                 )
 
 
-class Export(Command):
+class Export(_PresetCommand):
     """Writes a preset, an adapter, or both as one, for other programs."""
 
     model_config = SettingsConfigDict(cli_prog_name="gemma-service export")

@@ -10,6 +10,7 @@ class ExitStatus(IntEnum):
     """BSD's sysexits where it has a name for what went wrong, otherwise what shells make of it."""
 
     OK = 0
+    JOB_FAILED = 1
     USAGE = 64
     BAD_PRESET = 65
     UNAVAILABLE = 69
