@@ -249,7 +249,9 @@ def _asked_rows(token_ids: Int[np.ndarray, " places"], count: int) -> AskedRows:
     pairs[0, :count] = np.arange(count)
     pairs[1, :count] = token_ids[:count]
     wants_top = np.zeros(HEAD_ROWS, bool)
-    return AskedRows(np.int32(count), wants_top, np.int32(count), *pairs)  # type: ignore[arg-type]
+    compared = np.zeros((2, HEAD_ROWS), np.int32)
+    numbers = (np.int32(count), wants_top, np.int32(count), *pairs, np.int32(0), compared)
+    return AskedRows(*numbers)
 
 
 def _floats(*shape: int) -> Any:

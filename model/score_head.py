@@ -16,6 +16,9 @@ from model.gemma.forward import head
 from model.gemma.weights import GemmaWeights
 from model.slots import MAX_LOGPROBS
 
+# Up to here the series of the exponential is right to all digits.
+_SMALL = 0.25
+
 
 class AskedRows(NamedTuple):
     """Places, and what is asked about them; only the first of each are real.
@@ -26,6 +29,8 @@ class AskedRows(NamedTuple):
         num_pairs: Real pairs.
         pair_rows: The place of each pair.
         pair_ids: The token of each pair.
+        num_compared: Real columns of the following.
+        compared: Two places each: the first's distribution is compared with the other's.
     """
 
     num_rows: Int[Array, ""]
@@ -33,6 +38,8 @@ class AskedRows(NamedTuple):
     num_pairs: Int[Array, ""]
     pair_rows: Int[Array, " pairs"]
     pair_ids: Int[Array, " pairs"]
+    num_compared: Int[Array, ""]
+    compared: Int[Array, "2 rows"]
 
 
 class HeadOutputs(NamedTuple):
@@ -45,6 +52,7 @@ class HeadOutputs(NamedTuple):
         ranks: Of each pair: tokens that are likelier, or as likely and of a lower id.
         top_ids: Of each place, best first; zeros where they were not asked for.
         top_logprobs: Theirs.
+        divergences: Of each two places that are compared: KL(first ‖ other), in nats.
     """
 
     logits: Float[Array, "rows vocab"]
@@ -53,6 +61,7 @@ class HeadOutputs(NamedTuple):
     ranks: Int[Array, " pairs"]
     top_ids: Int[Array, "rows top"]
     top_logprobs: Float[Array, "rows top"]
+    divergences: Float[Array, " rows"]
 
 
 def score_rows(
@@ -99,9 +108,32 @@ def score_rows(
 
     no_pairs = (jnp.zeros(pairs, jnp.float32), jnp.zeros(pairs, jnp.int32))
     logprobs, ranks = jax.lax.fori_loop(0, asked.num_pairs, measure_pair, no_pairs)
-    return HeadOutputs(
-        logits, of_rows.is_finite, logprobs, ranks, of_rows.top_ids, of_rows.top_logprobs
+
+    def compare(column: Int[Array, ""], found: Array) -> Array:
+        first, other = asked.compared[:, column]
+        of_first, of_other = (logits[row] - of_rows.total[row] for row in (first, other))
+        return found.at[column].set(_divergence(of_first, of_other))
+
+    divergences = jax.lax.fori_loop(
+        0, asked.num_compared, compare, jnp.zeros(asked.compared.shape[1], jnp.float32)
     )
+    tops = (of_rows.top_ids, of_rows.top_logprobs)
+    return HeadOutputs(logits, of_rows.is_finite, logprobs, ranks, *tops, divergences)
+
+
+def _divergence(p: Float[Array, " vocab"], q: Float[Array, " vocab"]) -> Float[Array, ""]:
+    """KL(p ‖ q) of log-probabilities, as a sum of p · (eᵈ − 1 − d) where d = log q − log p.
+
+    No term is negative, so none takes away what others added; and as p and q sum to 1, whatever
+    is wrong with d alike everywhere, as the rounding of the sums is, counts by its square only.
+    """
+    d = q - p
+    # Where d is small its exponential would leave nothing but rounding.
+    series = 0.5 * d * d * (1.0 + d / 3.0 * (1.0 + d / 4.0 * (1.0 + d / 5.0 * (1.0 + d / 6.0))))
+    weight = jnp.exp(p)
+    terms = jnp.where(jnp.abs(d) < _SMALL, weight * series, jnp.exp(q) - weight * (1.0 + d))
+    # What p cannot be, it adds nothing for; the difference may be no number there.
+    return jnp.sum(jnp.where(weight > 0, jnp.maximum(terms, 0.0), jnp.exp(q)))
 
 
 class _RowMeasures(NamedTuple):

@@ -2,10 +2,12 @@
 
 * a continuation that begins inside a block leaves the same residuals alone, behind another text,
   whose own are changed, and behind another continuation of its context;
-* a place is measured to the same bits alone and in a full batch, at another place.
+* a place is measured to the same bits alone and in a full batch, at another place, and so is what
+  it differs by from another one.
 """
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -66,19 +68,33 @@ def compare_scores(subject: ScoreSubject) -> int:
 
 def _compare_head(subject: ScoreSubject, residuals: Sequence[Residual]) -> int:
     vocab = subject.info.vocabulary_size
-    places = [
-        AskedPlace(residuals[i % len(residuals)], (_ID_STRIDE * i % vocab,), MAX_LOGPROBS * (i % 2))
-        for i in range(HEAD_ROWS)
+    count = len(residuals)
+    # Two that are compared, again and again.
+    pairs = [
+        [
+            AskedPlace(residuals[i % count], (_ID_STRIDE * i % vocab,)),
+            AskedPlace(residuals[(i + 1) % count], (_ID_STRIDE * (i + 1) % vocab,), MAX_LOGPROBS),
+        ]
+        for i in range(0, HEAD_ROWS, 2)
     ]
-    together = subject.measure(places[::-1])[::-1]
-    for place, found in zip(places, together, strict=True):
-        [alone] = subject.measure([place])
-        if _bits(alone) != _bits(found):
+    together = subject.measure(_compared(pairs[::-1]))
+    for number, pair in enumerate(pairs[::-1]):
+        found = together[2 * number :][:2]
+        alone = subject.measure(_compared([pair]))
+        if [*map(_bits, alone)] != [*map(_bits, found)]:
             raise SelfTestFailed(
-                f"A token that is scored gets other bits among {len(places)} than alone on "
+                f"A token that is scored gets other bits among {HEAD_ROWS} than alone on "
                 f"{_machine(subject.info)}. {_REPORT}"
             )
-    return len(places)
+    return HEAD_ROWS
+
+
+def _compared(pairs: Sequence[Sequence[AskedPlace]]) -> list[AskedPlace]:
+    """The second of each pair with its first."""
+    places: list[AskedPlace] = []
+    for first, second in pairs:
+        places += [first, replace(second, compared_with=len(places))]
+    return places
 
 
 def _read(subject: ScoreSubject, chunks: Sequence[ScoreChunk]) -> list[Residual]:
@@ -93,7 +109,7 @@ def _read(subject: ScoreSubject, chunks: Sequence[ScoreChunk]) -> list[Residual]
 
 def _bits(score: PlaceScore) -> bytes:
     ids = [*score.ranks, *(token_id for token_id, _ in score.top)]
-    logprobs = [*score.logprobs, *(logprob for _, logprob in score.top)]
+    logprobs = [*score.logprobs, *(logprob for _, logprob in score.top), score.divergence or 0.0]
     return (
         np.array([score.is_finite, *ids], np.int64).tobytes()
         + np.array(logprobs, np.float32).tobytes()

@@ -68,12 +68,14 @@ class AskedPlace:
         token_ids: Whose log-probabilities are wanted, at least one.
         num_top: Alternatives that are wanted, at most `model.slots.MAX_LOGPROBS`.
         wants_logits: Whether all of its logits are.
+        compared_with: An earlier place of the same call whose distribution is compared with this.
     """
 
     residual: Residual
     token_ids: tuple[int, ...]
     num_top: int = 0
     wants_logits: bool = False
+    compared_with: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class PlaceScore:
         top: The likeliest (id, logprob) pairs, best first.
         is_finite: False if the logits held NaN or infinity; nothing else is valid then.
         logits: One for each token of the vocabulary, if they were wanted: float32, little-endian.
+        divergence: Kullback–Leibler divergence of that of the place that it is compared with from
+            this one, in nats: KL(that place ‖ this one).
     """
 
     logprobs: tuple[float, ...]
@@ -93,6 +97,7 @@ class PlaceScore:
     top: tuple[tuple[int, float], ...] = ()
     is_finite: bool = True
     logits: bytes = b""
+    divergence: float | None = None
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ One program, ``score``, made and tried with those of the engine. Residuals wait 
 places of several chunks can go through the head together.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -56,7 +57,11 @@ class Scores:
             x[row] = place.residual
         outputs: HeadOutputs = self._programs["score"](self._weights, x, _asked_rows(places))
         # All but the logits, which stay where they are.
-        is_finite, logprobs, ranks, top_ids, top_logprobs = jax.device_get(tuple(outputs)[1:])
+        is_finite, logprobs, ranks, top_ids, top_logprobs, found = jax.device_get(
+            tuple(outputs)[1:]
+        )
+        compared = [row for row, place in enumerate(places) if place.compared_with is not None]
+        divergences = dict(zip(compared, found.tolist(), strict=False))
         scores = []
         pair = 0
         for row, place in enumerate(places):
@@ -72,8 +77,9 @@ class Scores:
                             strict=True,
                         )
                     ),
-                    is_finite=bool(is_finite[row]),
+                    is_finite=bool(is_finite[row]) and math.isfinite(divergences.get(row, 0.0)),
                     logits=_bytes(outputs.logits, row) if place.wants_logits else b"",
+                    divergence=divergences.get(row),
                 )
             )
             pair = end
@@ -106,12 +112,17 @@ def _bytes(logits: jax.Array, row: int) -> bytes:
 def _asked_rows(places: Sequence[AskedPlace]) -> AskedRows:
     wants_top = np.zeros(HEAD_ROWS, bool)
     pairs = np.zeros((2, HEAD_PAIRS), np.int32)
-    num_pairs = 0
+    compared = np.zeros((2, HEAD_ROWS), np.int32)
+    num_pairs, num_compared = 0, 0
     for row, place in enumerate(places):
         assert 0 <= place.num_top <= MAX_LOGPROBS, "admission bounds the alternatives"
         wants_top[row] = place.num_top > 0
         for token_id in place.token_ids:
             pairs[:, num_pairs] = row, token_id
             num_pairs += 1
+        if place.compared_with is not None:
+            assert place.compared_with < row, "it stands behind what it is compared with"
+            compared[:, num_compared] = place.compared_with, row
+            num_compared += 1
     numbers = (np.int32(len(places)), wants_top, np.int32(num_pairs), *pairs)
-    return AskedRows(*map(jnp.asarray, numbers))
+    return AskedRows(*map(jnp.asarray, (*numbers, np.int32(num_compared), compared)))

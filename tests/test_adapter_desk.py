@@ -1,6 +1,7 @@
 """Which adapter has which slot: claimed ones stay; of the others the longest unused one goes."""
 
 import hashlib
+import random
 
 import pytest
 
@@ -27,6 +28,7 @@ def desk_of(directory, *numbers, slots=2):
 
 def use(desk, digest):
     """The slot of one that is claimed for a moment."""
+    desk.begin_round(None)
     assert desk.claim(digest)
     slot = desk.slot(digest)
     desk.release(digest)
@@ -142,9 +144,76 @@ def test_two_lines_do_not_take_what_the_other_waits_for(tmp_path):
     desk.begin_round("scores")
     assert desk.claim(b, "scores")
     assert desk.slot(b) == 1
+    assert not desk.claim(b, "scores"), "next is who waited meanwhile"
     desk.release(b)
     desk.begin_round("scores")
+    desk.begin_round("rows")
     assert desk.claim(c, "rows")
+
+
+# --- several together -------------------------------------------------------------------------
+
+
+def test_several_are_claimed_together_or_none_of_them(tmp_path):
+    desk, [a, b, c] = desk_of(tmp_path, 1, 2, 3)
+    assert desk.claim(a)
+    assert not desk.claim_all((b, None, c), "scores")
+    assert desk.claim(b), "there is a slot, and nobody has it"
+    assert (desk.slot(a), desk.slot(b)) == (1, 2)
+    desk.release_all((a, b))
+    desk.begin_round("scores")
+    assert desk.claim_all((b, None, c), "scores")
+    # One of them was there, and did not make room for the other.
+    assert {desk.slot(b), desk.slot(c)} == {1, 2}
+    assert desk.counts == AdapterCounts(num_resident=2, num_loads=3, num_evictions=1)
+    desk.release_all((b, None, c))
+    desk.begin_round(None)
+    assert desk.claim_all((c, c, c))
+    desk.release(c)
+
+
+def test_slots_that_are_free_already_are_kept_for_who_waits_for_more(tmp_path):
+    desk, [a, b, c, d, e] = desk_of(tmp_path, 1, 2, 3, 4, 5)
+    assert desk.claim_all((a, b))
+    assert {desk.slot(a), desk.slot(b)} == {1, 2}
+    desk.release(b)
+    assert not desk.claim_all((c, d), "scores")
+    assert not desk.claim(e, "scores"), "neither behind it"
+    assert not desk.claim(e, "rows"), "nor in another line"
+    assert not desk.claim(b, "rows")
+    desk.release(a)
+    desk.begin_round("scores")
+    assert desk.claim_all((c, d), "scores")
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
+def test_everybody_is_served_however_many_others_come_in_both_lines(tmp_path, num_slots):
+    desk, digests = desk_of(tmp_path, *range(8), slots=num_slots)
+    draw = random.Random(num_slots)
+    waiting, running = {"rows": [], "scores": []}, []
+    longest_wait = 0
+    for turn in range(2000):
+        for line, most in (("rows", 1), ("scores", num_slots)):
+            if len(waiting[line]) < 6:
+                wanted = tuple(draw.sample(digests, draw.randint(1, most)))
+                waiting[line].append((turn, wanted))
+        # Scores are not asked in every turn.
+        lines = ("rows", "scores") if turn % 3 == 0 else ("rows",)
+        for line in lines:
+            desk.begin_round(line)
+            for came, wanted in tuple(waiting[line]):
+                if desk.claim_all(wanted, line):
+                    slots = [desk.slot(digest) for digest in wanted]
+                    assert len(set(slots)) == len(wanted)
+                    waiting[line].remove((came, wanted))
+                    running.append((turn + draw.randint(1, 4), wanted))
+                    longest_wait = max(longest_wait, turn - came)
+        for ends, wanted in tuple(running):
+            if ends <= turn:
+                desk.release_all(wanted)
+                running.remove((ends, wanted))
+    # Each of the twelve in front has its slots once the four turns are over of all who use them.
+    assert longest_wait < 12 * 4 * 3
 
 
 # --- versions that come and go ----------------------------------------------------------------

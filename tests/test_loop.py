@@ -50,11 +50,13 @@ NUM_SLOTS = 4
 class RecordingEngine(ArithmeticEngine):
     """Notes which slots every decode step had, and what else was written."""
 
-    def __init__(self, prefix_cache_bytes: int, context_tokens: int = 64) -> None:
+    def __init__(
+        self, prefix_cache_bytes: int, context_tokens: int = 64, adapter_slots: int = 1
+    ) -> None:
         options = EngineOptions(
             "x", NUM_SLOTS, context_tokens, Path("/nowhere"), prefix_cache_bytes
         )
-        super().__init__(dataclasses.replace(options, adapter_slots=1))
+        super().__init__(dataclasses.replace(options, adapter_slots=adapter_slots))
         self.decoded_slots: list[list[int]] = []
         self.prefilled: list[tuple[int, tuple[int, ...]]] = []
         self.copied: list[tuple[int, list[int], int]] = []
@@ -96,8 +98,9 @@ class Worker:
         context_tokens: int = 64,
         adapters: Sequence[AdapterSource] = (),
         joined_tokens: int = 0,
+        adapter_slots: int = 1,
     ) -> None:
-        self.engine = RecordingEngine(prefix_cache_bytes, context_tokens)
+        self.engine = RecordingEngine(prefix_cache_bytes, context_tokens, adapter_slots)
         self.engine.joined_tokens = joined_tokens
         desk = AdapterDesk(self.engine, AdapterStore(adapters))
         self.admission = Admission(
@@ -168,12 +171,13 @@ def generate(
     seed: int = 0,
     tenant: str = "default",
     priority: int = 0,
+    adapter: str | None = None,
 ) -> Generate:
     return Generate(
         request_id=request_id,
         tenant=tenant,
         deadline=math.inf,
-        adapter=None,
+        adapter=adapter,
         prompts=prompts,
         num_choices=n,
         sampling=SamplingParameters(temperature, 0, 1.0, seed),

@@ -102,8 +102,11 @@ def test_scores_are_those_of_the_adapter(service):
         assert answer["results"][0]["model"] == answer["model"]
     # Behind 1 + 2 the base expects 3, the adapter 13.
     assert answers == {"gemma": 10, "gemma:tone@1": 0}
-    several = service.client.post("/score", json={**body, "models": ["gemma", "gemma:tone"]})
-    assert (several.status_code, several.json()["errors"][0]["pointer"]) == (422, "/models")
+    several = service.client.post("/score", json={**body, "models": ["gemma", "gemma:tone"]}).json()
+    assert [each["model"] for each in several["results"]] == [*answers]
+    # And where the base expects 1 + 2 or 1, the adapter expects 10 more.
+    [between] = several["kl"]
+    assert between["per_token"] == [10.0, 10.0]
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,9 @@ class ScoreRequest(_Model):
         None, description="As in `/generate`: the base, or an adapter version; left out, the base."
     )
     models: Annotated[list[ModelName], Field(min_length=1, max_length=MAX_MODELS)] | None = Field(
-        None, description="The same as a list of one; in place of `model`."
+        None,
+        description="In place of `model`: different versions, each of which scores the same. `kl` "
+        "then says how far each is from the first. Not with `attribution`, which is of the base.",
     )
     inputs: list[ScoreInput] = Field(
         min_length=1, max_length=MAX_INPUTS, description="Each is scored for itself."
@@ -208,7 +210,8 @@ class ScoreRequest(_Model):
         "its negative for each token on average; `prob`, its share among the targets of its input; "
         "`greedy`, whether each of its tokens is the likeliest; `tokens`, each with its "
         "log-probability and rank; `top`, the same with alternatives; `logits`, all of them in "
-        "front of each token, for one input of one target of at most 16 tokens.",
+        "front of each token, for one input of one target of at most 16 tokens, counted once for "
+        "each model.",
     )
     top: int = Field(
         0, ge=0, le=MAX_TOP, description="Alternatives of each token that is told, best first."
@@ -336,8 +339,21 @@ class Attribution(_Model):
     )
 
 
+class Divergence(_Model):
+    """How far a model is from the first one where the tokens of a target are expected."""
+
+    input_index: int
+    target_index: int
+    models: list[str] = Field(description="The first of `models` and another, as resolved.")
+    per_token: list[Annotated[float, Field(ge=0)]] = Field(
+        description="For each token of the target, the Kullback–Leibler divergence of the first "
+        "one's distribution there from the other's, in nats, over the whole vocabulary at "
+        "temperature 1: the sum of p · (log p − log q)."
+    )
+
+
 class ScoreResult(_Model):
-    """One input.
+    """One input, under one model.
 
     `logits` stand here only if `return` names them, `captures` if there are any, and `attribution`
     if it was asked for.
@@ -356,7 +372,9 @@ class ScoreResult(_Model):
 
 
 class ScoreUsage(_Model):
-    prompt_tokens: int = Field(description="Tokens of contexts, their targets and whole texts.")
+    prompt_tokens: int = Field(
+        description="Tokens of contexts, their targets and whole texts, once for each model."
+    )
     cached_tokens: int = Field(description="Tokens whose keys and values were cached.")
 
 
@@ -367,7 +385,13 @@ class ScoreTimings(_Model):
 
 class ScoreResponse(_Model):
     id: str
-    model: str = Field(description="The model as resolved, with its version.")
-    results: list[ScoreResult]
+    model: str = Field(description="The model as resolved, with its version; of several the first.")
+    results: list[ScoreResult] = Field(
+        description="Input by input; with several `models`, one for each of them, in their order."
+    )
     usage: ScoreUsage
     timings: ScoreTimings
+    kl: list[Divergence] | None = Field(
+        None,
+        description="Target by target and model by model; here only if several are compared.",
+    )

@@ -143,8 +143,17 @@ class Attribution(Answer):
     completeness_error: float | None
 
 
+class Divergence(Answer):
+    """KL(first ‖ other), in nats, where each token of a target is expected."""
+
+    input_index: int
+    target_index: int
+    models: list[str]
+    per_token: list[float]
+
+
 class ScoreResult(Answer):
-    """Of one input; what was not asked for is None."""
+    """Of one input under one model; what was not asked for is None."""
 
     input_index: int
     model: str
@@ -170,13 +179,18 @@ class ScoreTimings(Answer):
 
 
 class Scores(Answer):
-    """One result for each input, in order."""
+    """One result for each input, in order, and with ``models`` one for each of these.
+
+    Attributes:
+        kl: How far each model is from the first of several.
+    """
 
     id: str
     model: str
     results: list[ScoreResult]
     usage: ScoreUsage
     timings: ScoreTimings
+    kl: list[Divergence] | None = None
 
 
 def score_call(inputs: Sequence[ScoreInput], fields: ScoreFields) -> Call:

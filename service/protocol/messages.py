@@ -251,6 +251,8 @@ class Score(Message, frozen=True):
         interventions: In every text, in order.
         captures: Of every text, after these.
         attribution: What log-probabilities are traced back to, if they are to be.
+        compared: Further versions, as ``adapter`` names the first; all differ. The same is asked of
+            each, and how far what it expects is from what the first does.
     """
 
     request_id: str
@@ -265,6 +267,12 @@ class Score(Message, frozen=True):
     interventions: tuple[Intervention, ...] = ()
     captures: tuple[Capture, ...] = ()
     attribution: Attribute | None = None
+    compared: tuple[str | None, ...] = ()
+
+    @property
+    def versions(self) -> tuple[str | None, ...]:
+        """All of them, in order."""
+        return (self.adapter, *self.compared)
 
 
 class Cancel(Message, frozen=True):
@@ -488,12 +496,29 @@ class InputScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attribution: InputAttribution | None = None
 
 
+class TargetDivergence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a version is from the first where the tokens of a target are expected.
+
+    ``per_token`` has KL(first ‖ version) for each of them, in nats over the whole vocabulary.
+    """
+
+    input_index: int
+    target_index: int
+    version: int
+    per_token: tuple[float, ...]
+
+
 class Scored(Message, frozen=True):
-    """The last event of a request of scores that ended normally; one entry per input, in order."""
+    """The last event of a request of scores that ended normally; one entry per input, in order.
+
+    ``compared`` has as many for each further version, which ``divergences`` compare with the first.
+    """
 
     request_id: str
     inputs: tuple[InputScore, ...]
     timings: Timings
+    compared: tuple[tuple[InputScore, ...], ...] = ()
+    divergences: tuple[TargetDivergence, ...] = ()
 
 
 class Failed(Message, frozen=True):

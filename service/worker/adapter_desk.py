@@ -6,14 +6,16 @@ the one goes that was claimed longest ago.
 
 Where everything is claimed, whoever is next must wait; those behind may pass, but one adapter, the
 one that was claimed longest ago, is claimed no more until somebody who waits has its slot. So
-nobody waits for ever, and only those wait longer who want that one.
+nobody waits for ever, and only those wait longer who want that one. Whoever compares versions
+claims all of them or none, and waits for as many slots as are missing. Of what there are two lines
+for, each slot that one gets is the other's next, if it waits for more than it could be promised.
 
 An adapter that is not there is opened when it is wanted, and is the version that was named or none.
 Whoever was admitted *holds* its version, so one that is forgotten stays until they have ended.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from model.slots import Adapter, Engine
@@ -48,8 +50,10 @@ class AdapterDesk:
         self._free_slots = list(range(engine.info.adapter_slots, BASE_SLOT, -1))
         # The one that was claimed longest ago is the first.
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
-        # Those that are claimed no more, by the line in which somebody waits for their slot.
+        # Those that are claimed no more, by the line in which somebody waits for their slot, and
+        # how many more are wanted there.
         self._leaving: dict[Hashable, list[str]] = {}
+        self._num_wanted: dict[Hashable, int] = {}
         self._num_holds: dict[str, int] = {}
         self._num_loads = 0
         self._num_evictions = 0
@@ -94,9 +98,20 @@ class AdapterDesk:
             assert resident.num_claims == 0, "claimed and not held"
             self._free_slots.append(resident.slot)
 
+    def hold_all(self, digests: Sequence[str | None]) -> None:
+        """Somebody was admitted who will claim all of these."""
+        for digest in digests:
+            self.hold(digest)
+
+    def let_go_all(self, digests: Sequence[str | None]) -> None:
+        """They have ended."""
+        for digest in digests:
+            self.let_go(digest)
+
     def begin_round(self, line: Hashable) -> None:
         """All of a line are asked anew, in order, so nobody of it waits for a slot so far."""
         self._leaving.pop(line, None)
+        self._num_wanted.pop(line, None)
 
     def claim(self, digest: str | None, line: Hashable = None) -> bool:
         """Gives a version a slot that it keeps until it is released; False if there is none.
@@ -107,19 +122,29 @@ class AdapterDesk:
             digest: Of the version.
             line: In which whoever claims it stands.
         """
-        if digest is None:
-            return True
-        resident = self._residents.get(digest)
-        if resident is None:
-            slot = self._free_slots.pop() if self._free_slots else self._evicted(line)
-            if slot is None:
-                self._let_one_leave(line)
-                return False
-            resident = self._residents[digest] = _Resident(slot)
-        elif any(digest in leaving for leaving in self._leaving.values()):
+        return self.claim_all((digest,), line)
+
+    def claim_all(self, digests: Sequence[str | None], line: Hashable = None) -> bool:
+        """Does so for all of them, or for none. There are no more of them than slots."""
+        wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
+        awaited = self._awaited
+        missing = [digest for digest in wanted if digest not in self._residents]
+        if any(digest in awaited for digest in wanted if digest not in missing):
             return False
-        resident.num_claims += 1
-        self._residents.move_to_end(digest)
+        others = [each for each in self._residents if each not in awaited and each not in wanted]
+        unused = [digest for digest in others if self._residents[digest].num_claims == 0]
+        if len(missing) > len(self._free_slots) + len(unused):
+            # Those that nobody uses first, or somebody behind would take them.
+            others.sort(key=lambda digest: digest not in unused)
+            self._wait(line, others, len(missing) - len(self._free_slots))
+            return False
+        for digest in missing:
+            slot = self._free_slots.pop() if self._free_slots else self._evict(unused.pop(0))
+            self._residents[digest] = _Resident(slot)
+            self._promise(digest, line)
+        for digest in wanted:
+            self._residents[digest].num_claims += 1
+            self._residents.move_to_end(digest)
         return True
 
     def slot(self, digest: str | None) -> int:
@@ -146,6 +171,11 @@ class AdapterDesk:
             del self._residents[digest]
             self._free_slots.append(resident.slot)
 
+    def release_all(self, digests: Sequence[str | None]) -> None:
+        """Does so for all of them."""
+        for digest in {digest for digest in digests if digest is not None}:
+            self.release(digest)
+
     def _open(self, digest: str) -> Adapter:
         if path := self.store.brought_path(digest):
             return self._engine.read_adapter(path, digest)
@@ -156,22 +186,26 @@ class AdapterDesk:
         resident.is_there = True
         self._num_loads += 1
 
-    def _evicted(self, line: Hashable) -> int | None:
-        """A slot that nobody has claimed, and for which nobody of another line waits."""
-        for digest, resident in self._residents.items():
-            is_awaited = any(
-                digest in leaving for other, leaving in self._leaving.items() if other != line
-            )
-            if resident.num_claims == 0 and not is_awaited:
-                del self._residents[digest]
-                self._num_evictions += 1
-                return resident.slot
-        return None
+    def _evict(self, digest: str) -> int:
+        """The slot of one that nobody has claimed."""
+        self._num_evictions += 1
+        return self._residents.pop(digest).slot
 
-    def _let_one_leave(self, line: Hashable) -> None:
-        """The next slot that could be had is for somebody who waits in this line."""
-        leaving = [digest for digests in self._leaving.values() for digest in digests]
-        for digest in self._residents:
-            if digest not in leaving:
-                self._leaving.setdefault(line, []).append(digest)
+    @property
+    def _awaited(self) -> set[str]:
+        """Those that are claimed no more."""
+        return {digest for digests in self._leaving.values() for digest in digests}
+
+    def _wait(self, line: Hashable, others: Sequence[str], count: int) -> None:
+        """The next slots that could be had are for somebody who waits in this line."""
+        leaving = others[:count]
+        self._leaving.setdefault(line, []).extend(leaving)
+        self._num_wanted[line] = self._num_wanted.get(line, 0) + count - len(leaving)
+
+    def _promise(self, digest: str, line: Hashable) -> None:
+        """Somebody of a line gets a slot with this version, which is another line's afterwards."""
+        for other, count in self._num_wanted.items():
+            if other != line and count > 0:
+                self._leaving.setdefault(other, []).append(digest)
+                self._num_wanted[other] = count - 1
                 return

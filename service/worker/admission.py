@@ -165,7 +165,7 @@ class Admission:
         Raises:
             Refusal: It is invalid, too long, or there is no room for it.
         """
-        self._check_adapter(command)
+        self._check_adapters(command)
         prompts = [
             self._token_ids(command, index, prompt) for index, prompt in enumerate(command.prompts)
         ]
@@ -211,7 +211,7 @@ class Admission:
         Raises:
             Refusal: It is invalid, too long, or there is no room for it.
         """
-        self._check_adapter(command)
+        self._check_adapters(command)
         try:
             inputs = self._score_inputs.plan(command)
             questions = attribution_questions(command, inputs, self._info)
@@ -257,11 +257,20 @@ class Admission:
         self._check_vocabulary(command, prompt, pointer)
         return prompt
 
-    def _check_adapter(self, command: Generate | Score) -> None:
+    def _check_adapters(self, command: Generate | Score) -> None:
         """The API process knows names; a digest that is not here must never become the base."""
-        if command.adapter is not None and command.adapter not in self._adapters:
+        versions = command.versions if isinstance(command, Score) else (command.adapter,)
+        wanted = {each for each in versions if each is not None}
+        if not all(each in self._adapters for each in wanted):
             detail = "This adapter version is not here."
             raise _refusal(command, "model_not_found", detail, None)
+        # They are claimed together, so they would wait for ever.
+        if len(wanted) > self._info.adapter_slots:
+            detail = (
+                f"{len(wanted)} adapter versions are to be compared, and there is room for "
+                f"{self._info.adapter_slots} at once. Raise --adapter-slots."
+            )
+            raise _refusal(command, "invalid_field", detail, "/models")
 
     def _check_stop_strings(self, command: Generate) -> None:
         if command.stop.strings and self._codec.bos_id is None:

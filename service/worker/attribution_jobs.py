@@ -57,8 +57,8 @@ def attribution_questions(
     asked = command.attribution
     if asked is None:
         return []
-    if command.adapter is not None:
-        detail = "Attribution is of the base model; leave the adapter out of the model's name."
+    if any(command.versions):
+        detail = "Attribution is of the base model alone; leave adapters out."
         raise InvalidInput("invalid_field", detail, "/attribution")
     if not -1 <= asked.layer < info.num_layers:
         detail = f"Must be in [-1, {info.num_layers - 1}]."

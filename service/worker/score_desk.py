@@ -9,22 +9,12 @@ Attributions (`service.worker.attribution_desk`) and all of this take turns.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
 
 from model.attribution_questions import AttributionEngine
 from model.errors import ModelError
 from model.intervention_slots import Captured
-from model.score_slots import (
-    HEAD_PAIRS,
-    HEAD_ROWS,
-    SCORE_SLOTS,
-    AskedPlace,
-    PlaceScore,
-    Residual,
-    ScoreChunk,
-)
+from model.score_slots import SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from service.protocol.messages import Event, Failed
 from service.worker.adapter_desk import NO_ADAPTER, AdapterDesk
 from service.worker.admission import Admission
@@ -32,24 +22,14 @@ from service.worker.attribution_desk import AttributionDesk
 from service.worker.attribution_jobs import AttributionJob
 from service.worker.paused_prefill import run_until
 from service.worker.scheduler import PrefillLimits
-from service.worker.score_line import Asked, PlacedPiece, Reading, ScoreLine, ScorePiece
+from service.worker.score_line import Passage, PlacedPiece, Reading, ScoreLine, ScorePiece
+from service.worker.score_places import WaitingPlace, WaitingPlaces
 from service.worker.score_request import ScoreRequest
 from service.worker.work_done import WorkDone
 
 log = logging.getLogger(__name__)
 
-# Chunks that a place waits for company at the head.
-_MAX_CHUNKS_WAITED = 2
 _NOT_FINITE = "The model produced a value that is not a number."
-
-
-class _Place(NamedTuple):
-    """A place that was read and not measured yet."""
-
-    request: ScoreRequest
-    asked: Asked
-    residual: Residual
-    read_at: int
 
 
 class ScoreDesk:
@@ -79,10 +59,12 @@ class ScoreDesk:
         self._adapters = adapters
         self._clock = clock
         self._line = ScoreLine(
-            SCORE_SLOTS, limits, lambda digest: adapters.claim(digest, self), adapters.release
+            *(SCORE_SLOTS, limits),
+            lambda digests: adapters.claim_all(digests, self),
+            adapters.release_all,
         )
         self._requests: dict[str, ScoreRequest] = {}
-        self._places: deque[_Place] = deque()
+        self._places = WaitingPlaces()
         self._reading: Reading | None = None
         self._layers: Iterator[None] = iter(())
         self._residuals: list[Residual] = []
@@ -104,7 +86,7 @@ class ScoreDesk:
     def submit(self, request: ScoreRequest) -> None:
         """Lets a request wait for its turn."""
         self._requests[request.request_id] = request
-        self._adapters.hold(request.adapter)
+        self._adapters.hold_all(request.adapters)
         self._line.submit(request.passages)
         self._attributions.submit(request.attributions)
 
@@ -141,12 +123,8 @@ class ScoreDesk:
         return events
 
     def _is_head_due(self) -> bool:
-        if not self._places:
-            return False
-        is_full = len(self._places) >= HEAD_ROWS
-        waited = self._num_chunks - self._places[0].read_at
-        goes_on = self._reading is not None or self._line.has_work
-        return is_full or not goes_on or waited >= _MAX_CHUNKS_WAITED
+        is_more_coming = self._reading is not None or self._line.has_work
+        return self._places.are_due(self._num_chunks, is_more_coming=is_more_coming)
 
     def _begin_reading(self) -> list[Event]:
         """Begins with what is next; nothing may be. Requests end whose adapter is gone."""
@@ -204,18 +182,24 @@ class ScoreDesk:
                 residual = next(residuals)
                 # It may have ended meanwhile.
                 if request is not None:
-                    self._places.append(_Place(request, asked, residual, self._num_chunks))
+                    self._places.add(
+                        *(request, passage.version, asked, residual), read_at=self._num_chunks
+                    )
             captured = [next(residuals) for _ in range(count)]
             if request is not None and captured:
-                events += self._take_captured(request, piece, captured)
+                events += self._take_captured(request, passage, piece, captured)
         return events
 
     def _take_captured(
-        self, request: ScoreRequest, piece: ScorePiece, captured: Sequence[Captured]
+        self,
+        request: ScoreRequest,
+        passage: Passage,
+        piece: ScorePiece,
+        captured: Sequence[Captured],
     ) -> list[Event]:
         if not all(each.is_finite for each in captured):
             return [self._fail(request, "numerical", _NOT_FINITE)]
-        request.take_captured(piece, captured)
+        request.take_captured(passage.version, piece, captured)
         return self._end_if_done(request)
 
     def _end_if_done(self, request: ScoreRequest) -> list[Event]:
@@ -226,25 +210,16 @@ class ScoreDesk:
 
     def _measure(self) -> list[Event]:
         """The places that waited longest, as many as the head takes."""
-        places: list[_Place] = []
+        places = self._places.pop_together()
         asked: list[AskedPlace] = []
-        num_pairs = 0
-        while self._places and len(places) < HEAD_ROWS:
-            place = self._places[0]
-            token_ids = tuple(dict.fromkeys(token.token_id for token in place.asked.tokens))
-            num_pairs += len(token_ids)
-            if num_pairs > HEAD_PAIRS:
-                break
-            places.append(self._places.popleft())
-            request = place.request
-            asked.append(
-                AskedPlace(place.residual, token_ids, request.num_top, request.wants_logits)
-            )
-        found = self._engine.measure(asked)
+        for place in places:
+            asked += place.asked(len(asked))
+        answers = iter(self._engine.measure(asked))
         events: list[Event] = []
-        for place, question, answer in zip(places, asked, found, strict=True):
+        for place in places:
+            found = [next(answers) for _ in place.residuals]
             if place.request.request_id in self._requests:
-                events += self._take(place, question, answer)
+                events += self._take(place, found)
         return events
 
     def _end_attribution(self, job: AttributionJob | None) -> list[Event]:
@@ -254,15 +229,16 @@ class ScoreDesk:
         request = self._requests[job.key.request_id]
         return self._go_on(request, is_finite=job.answer.is_finite)
 
-    def _take(self, place: _Place, question: AskedPlace, answer: PlaceScore) -> list[Event]:
+    def _take(self, place: WaitingPlace, found: Sequence[PlaceScore]) -> list[Event]:
+        """What each version was found to expect at a place."""
         request = place.request
-        if not answer.is_finite:
+        if not all(answer.is_finite for answer in found):
             return self._go_on(request, is_finite=False)
-        numbers = dict(
-            zip(question.token_ids, zip(answer.logprobs, answer.ranks, strict=True), strict=True)
-        )
-        for token in place.asked.tokens:
-            request.take(token, *numbers[token.token_id], answer)
+        for version, answer in enumerate(found):
+            each = zip(answer.logprobs, answer.ranks, strict=True)
+            numbers = dict(zip(place.token_ids, each, strict=True))
+            for token in place.tokens:
+                request.take(version, token, *numbers[token.token_id], answer)
         return self._go_on(request, is_finite=True)
 
     def _go_on(self, request: ScoreRequest, *, is_finite: bool) -> list[Event]:
@@ -284,10 +260,11 @@ class ScoreDesk:
         for job in request.attributions:
             self._attributions.remove(job)
             self._admission.started(job.key)
-        self._adapters.let_go(request.adapter)
-        # Nobody may be left in line.
-        self._adapters.begin_round(self)
-        self._places = deque(place for place in self._places if place.request is not request)
+        self._adapters.let_go_all(request.adapters)
+        if not self._line.has_work:
+            # Nobody is left who would wait for a slot of the bank.
+            self._adapters.begin_round(self)
+        self._places.remove(request)
         if not self._requests:
             # Nobody is left who would want what is being read.
             self._reading, self._layers = None, iter(())

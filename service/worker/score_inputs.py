@@ -138,7 +138,7 @@ class ScoreInputs:
             raise InvalidInput("invalid_field", error.detail, error.pointer) from None
         if command.tells_tokens:
             num_tokens = sum(len(target.token_ids) for each in inputs for target in each.targets)
-            num_told = num_tokens * (1 + command.num_top)
+            num_told = num_tokens * (1 + command.num_top) * len(command.versions)
             if num_told > MAX_TOLD_TOKENS:
                 detail = (
                     f"{num_told} tokens would be told, alternatives included; an answer may tell "
@@ -146,7 +146,7 @@ class ScoreInputs:
                 )
                 raise InvalidInput("invalid_field", detail, "/return")
         if command.tells_logits:
-            _check_logits(inputs)
+            _check_logits(inputs, len(command.versions))
         self._check_captures(command, inputs)
         return inputs
 
@@ -155,7 +155,7 @@ class ScoreInputs:
         for each in (each for given in inputs for each in given.captures):
             capture = command.captures[each.number]
             size = self._info.hidden_dim * (2 if capture.is_half else 4)
-            num_bytes += len(each.positions) * len(capture.layers) * size
+            num_bytes += len(each.positions) * len(capture.layers) * size * len(command.versions)
         if num_bytes > MAX_CAPTURE_BYTES:
             detail = (
                 f"{num_bytes} bytes would be captured; an answer may have {MAX_CAPTURE_BYTES}. "
@@ -165,7 +165,8 @@ class ScoreInputs:
         if not (num_bytes and command.tells_logits):
             return
         [[target]] = [given.targets for given in inputs]
-        num_bytes += 4 * len(target.token_ids) * self._info.vocabulary_size
+        num_logits = len(target.token_ids) * self._info.vocabulary_size
+        num_bytes += 4 * num_logits * len(command.versions)
         if num_bytes > MAX_TENSOR_BYTES:
             detail = (
                 f"Logits and what is captured would have {num_bytes} bytes; an answer may have "
@@ -355,12 +356,13 @@ def _marked(
     return tuple(Marked(number, each, targets) for number, each in inside if each)
 
 
-def _check_logits(inputs: Sequence[PlannedInput]) -> None:
-    num_places = sum(len(target.token_ids) for each in inputs for target in each.targets)
+def _check_logits(inputs: Sequence[PlannedInput], num_versions: int) -> None:
+    num_tokens = sum(len(target.token_ids) for each in inputs for target in each.targets)
+    num_places = num_tokens * num_versions
     if len(inputs) > 1 or len(inputs[0].targets) > 1 or num_places > MAX_LOGIT_PLACES:
         detail = (
-            f"Logits come with one input, of one target of at most {MAX_LOGIT_PLACES} tokens; "
-            f"these are {num_places}."
+            f"Logits come with one input, of one target of at most {MAX_LOGIT_PLACES} tokens, "
+            f"once for each model; these are {num_places}."
         )
         raise InvalidInput("invalid_field", detail, "/return")
 

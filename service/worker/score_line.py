@@ -13,12 +13,12 @@ A short passage, all of which fits one chunk, is read at once. Its slot is the f
 number of such passages of a chunk may have one after another. A long passage keeps one of the other
 slots until it has been read, so a few at most are half read. Short and long ones take turns, and so
 do the long ones among themselves: nobody waits for all of a long text. Within each kind
-`service.worker.waiting` says who is next. A passage that needs an adapter claims it before its
-first piece; while it cannot, those behind it that need another one or none may pass.
+`service.worker.waiting` says who is next. A passage that needs adapters claims all of them before
+its first piece; while it cannot, it has none, and those behind it that need others may pass.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,7 +94,10 @@ class Passage:
         num_read: Of its pieces.
         newest_turn: When it got its slot, or a turn of its own since, counted in chunks.
         adapter: Digest of the adapter version that it uses; None: the base.
-        has_claim: Whether it has claimed that, and not released it.
+        version: Which of the versions that its request compares that is.
+        adapters: All of these. They are claimed together, so that none must be fetched again and
+            again while the others are there.
+        has_claim: Whether it has claimed them, and not released them.
     """
 
     key: RowKey
@@ -105,6 +108,8 @@ class Passage:
     num_read: int = 0
     newest_turn: int = 0
     adapter: str | None = None
+    version: int = 0
+    adapters: tuple[str | None, ...] = ()
     has_claim: bool = False
 
     @property
@@ -150,8 +155,8 @@ class _Room:
             self.num_pieces -= 1
 
 
-def _adapter_of(passage: Passage) -> Hashable:
-    return passage.adapter
+def _adapters_of(passage: Passage) -> Hashable:
+    return frozenset(passage.adapters)
 
 
 class ScoreLine:
@@ -160,25 +165,25 @@ class ScoreLine:
     Args:
         num_slots: At least two.
         limits: Of chunks.
-        claim: Takes the adapter of a passage, or says False.
-        release: Gives it back.
+        claim: Takes the adapters of a passage, or says False.
+        release: Gives them back.
     """
 
     def __init__(
         self,
         num_slots: int,
         limits: PrefillLimits,
-        claim: Callable[[str | None], bool] = lambda _adapter: True,
-        release: Callable[[str | None], None] = lambda _adapter: None,
+        claim: Callable[[Sequence[str | None]], bool] = lambda _adapters: True,
+        release: Callable[[Sequence[str | None]], None] = lambda _adapters: None,
     ) -> None:
         assert num_slots > 1, "short passages need a slot beside the long ones"
         self._limits = limits
         self._claim = claim
         self._release = release
         self._free_slots = deque(range(_SHORT_SLOT + 1, num_slots))
-        self._short: WaitingLine[Passage] = WaitingLine(_adapter_of)
-        self._long: WaitingLine[Passage] = WaitingLine(_adapter_of)
-        # Adapters that cannot be claimed in this chunk.
+        self._short: WaitingLine[Passage] = WaitingLine(_adapters_of)
+        self._long: WaitingLine[Passage] = WaitingLine(_adapters_of)
+        # Adapters that cannot be claimed together in this chunk.
         self._blocked: set[Hashable] = set()
         self._half_read: list[Passage] = []
         self._num_turns = 0
@@ -266,15 +271,15 @@ class ScoreLine:
 
     def _has_claimed(self, passage: Passage) -> bool:
         """Or its lane is blocked."""
-        passage.has_claim = self._claim(passage.adapter)
+        passage.has_claim = self._claim(passage.adapters)
         if not passage.has_claim:
-            self._blocked.add(passage.adapter)
+            self._blocked.add(_adapters_of(passage))
         return passage.has_claim
 
     def _leave(self, passage: Passage) -> None:
         if passage.has_claim:
             passage.has_claim = False
-            self._release(passage.adapter)
+            self._release(passage.adapters)
         if passage in self._half_read:
             self._half_read.remove(passage)
         if passage.slot is not None:

@@ -1,7 +1,8 @@
 """One request of scores on its way: what it asked, and what was found so far."""
 
+import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from model.attribution_questions import AttributionQuestion
 from model.intervention_slots import Capture, Captured, Touch
@@ -13,6 +14,7 @@ from service.protocol.messages import (
     InputScore,
     Score,
     Scored,
+    TargetDivergence,
     TargetScore,
     Timings,
     TokenAttribution,
@@ -48,17 +50,24 @@ class ScoreRequest:
     ) -> None:
         self.request_id = command.request_id
         self.deadline = command.deadline
-        self.adapter = command.adapter
+        self.adapters = command.versions
         self.num_top = command.num_top
         self.wants_logits = command.tells_logits
         self.started_at: float | None = None
         pieces = [each for given in inputs for each in given.passages]
+        versions = command.versions
+        self.num_versions = len(versions)
+        # A text under one version and then under the next, so that its places need not wait long.
         self.passages = [
             Passage(
-                *(RowKey(command.request_id, number), each, command.tenant, command.priority),
-                adapter=command.adapter,
+                RowKey(command.request_id, number * len(versions) + version),
+                *(each, command.tenant, command.priority),
+                adapter=adapter,
+                version=version,
+                adapters=versions,
             )
             for number, each in enumerate(pieces)
+            for version, adapter in enumerate(versions)
         ]
         self.attributions = [
             AttributionJob(
@@ -70,15 +79,19 @@ class ScoreRequest:
         self._codec = codec
         self._admitted_at = admitted_at
         self._tells_tokens = command.tells_tokens
-        self._found: dict[TargetToken, TokenScore] = {}
+        self._found: dict[tuple[int, TargetToken], TokenScore] = {}
         # Of the one target, if they are wanted.
-        self._logits: dict[int, bytes] = {}
-        self._num_missing = sum(len(t.token_ids) for given in inputs for t in given.targets)
+        self._logits: dict[tuple[int, int], bytes] = {}
+        # Of each version but the first, where it expects a token.
+        self._divergences: dict[tuple[int, TargetToken], float] = {}
+        num_tokens = sum(len(t.token_ids) for given in inputs for t in given.targets)
+        self._num_missing = num_tokens * len(versions)
         self._interventions = [intervention_of(each) for each in command.interventions]
         self._captures = command.captures
-        # Input, target, number of the capture, layer -> the numbers of its positions, in order.
-        self._captured: dict[tuple[int, int, int, int], list[bytes]] = {}
-        self._num_missing_captures = sum(
+        # Version, input, target, number of the capture, layer -> the numbers of its positions, in
+        # order.
+        self._captured: dict[tuple[int, int, int, int, int], list[bytes]] = {}
+        self._num_missing_captures = len(versions) * sum(
             len(each.positions) * len(command.captures[each.number].layers)
             for given in inputs
             for each in given.captures
@@ -104,53 +117,78 @@ class ScoreRequest:
     def _captured_parts(self, piece: ScorePiece) -> list[tuple[Marked, int]]:
         return [(m, layer) for m in piece.captured for layer in self._captures[m.number].layers]
 
-    def take_captured(self, piece: ScorePiece, found: Sequence[Captured]) -> None:
+    def take_captured(self, version: int, piece: ScorePiece, found: Sequence[Captured]) -> None:
         """What was captured of a piece; those of one text come in its order."""
         for (marked, layer), each in zip(self._captured_parts(piece), found, strict=True):
             for target in marked.targets:
-                numbers = self._captured.setdefault((*target, marked.number, layer), [])
+                numbers = self._captured.setdefault((version, *target, marked.number, layer), [])
                 numbers.append(each.numbers)
                 self._num_missing_captures -= len(marked.places)
 
-    def take(self, asked: TargetToken, logprob: float, rank: int, place: PlaceScore) -> None:
-        """What was found for one token, and at its place."""
-        assert asked not in self._found, "found twice"
+    def take(
+        self, version: int, asked: TargetToken, logprob: float, rank: int, place: PlaceScore
+    ) -> None:
+        """What a version was found to expect of one token, and at its place."""
+        assert (version, asked) not in self._found, "found twice"
         target = self._inputs[asked.input_index].targets[asked.target_index]
         told = self._tells_tokens
-        self._found[asked] = TokenScore(
+        self._found[version, asked] = TokenScore(
             token=self._token(asked.token_id, logprob, is_told=told),
             position=target.positions[asked.token_index],
             rank=rank,
             top=tuple(self._token(id_, each, is_told=told) for id_, each in place.top),
         )
         if self.wants_logits:
-            self._logits[asked.token_index] = place.logits
+            self._logits[version, asked.token_index] = place.logits
+        if place.divergence is not None:
+            self._divergences[version, asked] = place.divergence
         self._num_missing -= 1
 
     def scored(self, now: float) -> Scored:
         """The event that ends it."""
         started_at = now if self.started_at is None else self.started_at
-        inputs = tuple(
-            InputScore(
-                given.num_prompt_tokens,
-                tuple(
-                    self._target(index, number, target)
-                    for number, target in enumerate(given.targets)
-                ),
-                b"".join(self._logits[place] for place in sorted(self._logits)),
-                tuple(stream for each in given.captures for stream in self._streams(index, each)),
-                self._attribution(self.attributions[index]) if self.attributions else None,
-            )
-            for index, given in enumerate(self._inputs)
-        )
+        inputs, *compared = map(self._scored_by, range(self.num_versions))
         timings = Timings(
             queue_seconds=started_at - self._admitted_at,
             first_token_seconds=None,
             total_seconds=now - self._admitted_at,
         )
-        return Scored(self.request_id, inputs, timings)
+        divergences = tuple(self._compared(version) for version in range(1, self.num_versions))
+        return Scored(
+            *(self.request_id, inputs, timings, tuple(compared)),
+            tuple(itertools.chain.from_iterable(divergences)),
+        )
 
-    def _streams(self, index: int, planned: PlannedCapture) -> list[CapturedStream]:
+    def _scored_by(self, version: int) -> tuple[InputScore, ...]:
+        """Every input."""
+        logits = [self._logits[key] for key in sorted(self._logits) if key[0] == version]
+        return tuple(
+            InputScore(
+                given.num_prompt_tokens,
+                tuple(
+                    self._target(version, index, number, target)
+                    for number, target in enumerate(given.targets)
+                ),
+                b"".join(logits),
+                tuple(
+                    stream
+                    for each in given.captures
+                    for stream in self._streams(version, index, each)
+                ),
+                self._attribution(self.attributions[index]) if self.attributions else None,
+            )
+            for index, given in enumerate(self._inputs)
+        )
+
+    def _compared(self, version: int) -> Iterator[TargetDivergence]:
+        """A version with the first one, target by target."""
+        for index, given in enumerate(self._inputs):
+            for number, target in enumerate(given.targets):
+                tokens = _tokens_of(index, number, target)
+                found = tuple(self._divergences[version, each] for each in tokens)
+                yield TargetDivergence(index, number, version, found)
+
+    def _streams(self, version: int, index: int, planned: PlannedCapture) -> list[CapturedStream]:
         capture = self._captures[planned.number]
         return [
             CapturedStream(
@@ -159,17 +197,16 @@ class ScoreRequest:
                 planned.positions,
                 capture.is_half,
                 b"".join(
-                    self._captured.get((index, planned.target_index, planned.number, layer), ())
+                    self._captured.get(
+                        (version, index, planned.target_index, planned.number, layer), ()
+                    )
                 ),
             )
             for layer in capture.layers
         ]
 
-    def _target(self, index: int, number: int, target: PlannedTarget) -> TargetScore:
-        tokens = tuple(
-            self._found[TargetToken(index, number, place, token_id)]
-            for place, token_id in enumerate(target.token_ids)
-        )
+    def _target(self, version: int, index: int, number: int, target: PlannedTarget) -> TargetScore:
+        tokens = tuple(self._found[version, each] for each in _tokens_of(index, number, target))
         return TargetScore(
             logprob=sum(each.token.logprob for each in tokens),
             is_greedy=all(each.rank == 0 for each in tokens),
@@ -196,3 +233,10 @@ class ScoreRequest:
         if not is_told:
             return TokenLogprob(token_id, "", (), logprob)
         return token_logprob(token_id, logprob, self._codec)
+
+
+def _tokens_of(index: int, number: int, target: PlannedTarget) -> list[TargetToken]:
+    return [
+        TargetToken(index, number, place, token_id)
+        for place, token_id in enumerate(target.token_ids)
+    ]

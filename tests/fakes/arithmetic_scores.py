@@ -1,5 +1,6 @@
 """Scores of the arithmetic engine: after tokens whose sum goes to s, token s + k has rank k and the
-log-probability −1 − k, as the alternatives that come with a drawn token say.
+log-probability −1 − k, as the alternatives that come with a drawn token say. Two places
+differ by what is between their sums.
 
 A residual is the list of all tokens up to its place, and what their sum lacks there.
 """
@@ -18,6 +19,11 @@ VOCABULARY_SIZE = 1000
 def _logits(first: int) -> bytes:
     ranks = ((token_id - first) % VOCABULARY_SIZE for token_id in range(VOCABULARY_SIZE))
     return struct.pack(f"<{VOCABULARY_SIZE}f", *(-1.0 - rank for rank in ranks))
+
+
+def _first(place: AskedPlace) -> int:
+    """The likeliest token behind it."""
+    return int(sum(numbers(place.residual))) % VOCABULARY_SIZE
 
 
 class ArithmeticScores:
@@ -70,10 +76,10 @@ class ArithmeticScores:
         assert 0 < len(places) <= HEAD_ROWS
         assert sum(len(place.token_ids) for place in places) <= HEAD_PAIRS
         time.sleep(self._step_seconds)
-        return [self._measure(place) for place in places]
+        return [self._measure(place, places) for place in places]
 
-    def _measure(self, place: AskedPlace) -> PlaceScore:
-        first = int(sum(numbers(place.residual))) % VOCABULARY_SIZE
+    def _measure(self, place: AskedPlace, places: Sequence[AskedPlace]) -> PlaceScore:
+        first = _first(place)
         ranks = tuple((token_id - first) % VOCABULARY_SIZE for token_id in place.token_ids)
         return PlaceScore(
             logprobs=tuple(-1.0 - rank for rank in ranks),
@@ -81,4 +87,9 @@ class ArithmeticScores:
             top=tuple(((first + k) % VOCABULARY_SIZE, -1.0 - k) for k in range(place.num_top)),
             is_finite=self._is_finite(place.residual),
             logits=_logits(first) if place.wants_logits else b"",
+            divergence=(
+                None
+                if place.compared_with is None
+                else float((first - _first(places[place.compared_with])) % VOCABULARY_SIZE)
+            ),
         )
