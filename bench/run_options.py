@@ -76,10 +76,10 @@ class Services:
 
 
 @contextmanager
-def fresh_service(num_slots: int) -> Iterator[RunningService]:
-    """A service of the bench's model that nothing else uses."""
+def fresh_service(num_slots: int, *more: str) -> Iterator[RunningService]:
+    """A service of the bench's model that nothing else uses, with ``more`` options."""
     with tempfile.TemporaryDirectory() as data_dir:
-        options = ("--preset", PRESET, "--slots", str(num_slots), "--data-dir", data_dir)
+        options = ("--preset", PRESET, "--slots", str(num_slots), "--data-dir", data_dir, *more)
         with running_service(*options) as service:
             yield service
 

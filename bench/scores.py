@@ -11,21 +11,27 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 from bench.mixes import prompt
-from bench.run_options import fresh_service
+from bench.run_options import PRESET, fresh_service
 from bench.service_metrics import compilations_while_serving
 from bench.service_process import resident_bytes
 from bench.streams import Ask, together
 from bench.summary import percentile, token_gaps
+from model.backbone_lora import save_lora
+from model.keras_backbone import KerasBackbone
+from model.preset_source import open_source
 
 _ROUNDS = 5
 _ROWS = 64
@@ -48,6 +54,9 @@ _TEXTS = (
         " riding",
     ),
 )
+_MODELS = ("gemma", "gemma:a", "gemma:b")
+_VERSION_ROWS = 8
+_VERSION_TOKENS = (12, 20, 40)
 _STREAMS = 4
 _STREAM_TOKENS = 96
 
@@ -166,6 +175,22 @@ def completeness(calls: Calls) -> str:
     return "\n".join(lines)
 
 
+def versions(calls: Calls, what: str, inputs: list[dict[str, Any]]) -> str:
+    """Three versions compared in one call, and then each in a call of its own."""
+    return calls.compare(
+        f"{len(_MODELS)} versions of {len(inputs)} rows of {what} in one pass against "
+        f"{len(_MODELS)} calls",
+        lambda: calls.seconds({"inputs": inputs, "models": _MODELS}),
+        lambda: sum(calls.seconds({"inputs": inputs, "model": model}) for model in _MODELS),
+    )
+
+
+def answers(generator: random.Random, count: int, num_tokens: int) -> list[dict[str, Any]]:
+    """Rows whose last token alone is scored."""
+    found = rows(generator, count, num_tokens)
+    return [{**each, "target_mask": [0] * (num_tokens - 1) + [1]} for each in found]
+
+
 def gaps(url: str, calls: Calls, generator: random.Random) -> str:
     """99th percentile of the gaps of streams, with scores that never end and without."""
 
@@ -207,11 +232,30 @@ def memory(pid: int, calls: Calls, generator: random.Random) -> str:
     return f"a text of {_LONG_TOKENS} tokens: {(peak - at_rest) / 1e6:.0f} MB above rest"
 
 
+def adapters(directory: Path) -> list[str]:
+    """Files of random numbers, one for each model but the base, as options of a service."""
+    source = open_source(PRESET, load_weights=False)
+    backbone = KerasBackbone.from_source(source, load_weights=False)
+    backbone.enable_lora(8)
+    draw = np.random.default_rng(0)
+    options = []
+    for _, _, name in (model.partition(":") for model in _MODELS[1:]):
+        for holder in backbone.lora_layers.values():
+            for variable in (holder.lora_kernel_a, holder.lora_kernel_b):
+                variable.assign(0.02 * draw.normal(size=variable.shape))
+        save_lora(path := directory / f"{name}.lora.h5", backbone)
+        options.append(f"--adapter={name}={path}")
+    return options
+
+
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
     generator = random.Random("scores")
     tell(f"load before: {os.getloadavg()[0]:.2f}")
-    with fresh_service(8) as service:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        fresh_service(8, *adapters(Path(directory))) as service,
+    ):
         calls = Calls(service.url, rounds)
         tell(memory(service.worker_pid(), calls, generator))
         tell("\n| what | ms | ms | ratio |\n|---|---|---|---|")
@@ -221,6 +265,11 @@ def main() -> None:
         tell(attributed(calls, generator, num_targets=_ATTRIBUTED_TOKENS - 1))
         tell(short(calls, generator))
         tell(packed(calls, generator))
+        for num_tokens in _VERSION_TOKENS:
+            given = answers(generator, _VERSION_ROWS, num_tokens)
+            tell(versions(calls, f"{num_tokens} tokens, the last scored", given))
+        given = rows(generator, _VERSION_ROWS, _ROW_TOKENS)
+        tell(versions(calls, f"{_ROW_TOKENS} tokens, all scored", given))
         tell(gaps(service.url, calls, generator))
         tell(f"\n{completeness(calls)}")
         tell(f"\ncompilations while serving: {compilations_while_serving(service.url)}")

@@ -128,7 +128,7 @@ class WorkerClient:
     def __init__(self, send: Callable[[Command], None]) -> None:
         self._send = send
         self._inboxes: dict[str, asyncio.Queue[RequestEvent]] = {}
-        self._adapters: dict[str, str] = {}
+        self._adapters: dict[str, set[str]] = {}
 
     @property
     def num_in_flight(self) -> int:
@@ -137,7 +137,7 @@ class WorkerClient:
 
     def uses(self, adapter: str) -> bool:
         """Whether a request in flight runs with the adapter of that digest."""
-        return adapter in self._adapters.values()
+        return any(adapter in used for used in self._adapters.values())
 
     async def start(self, command: Generate) -> Generation:
         """Sends ``command`` and waits until the worker admits it.
@@ -157,8 +157,9 @@ class WorkerClient:
         self._send(command)
         inbox: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self._inboxes[command.request_id] = inbox
-        if command.adapter is not None:
-            self._adapters[command.request_id] = command.adapter
+        versions = command.versions if isinstance(command, Score) else (command.adapter,)
+        if used := {digest for digest in versions if digest is not None}:
+            self._adapters[command.request_id] = used
         try:
             first = await inbox.get()
         except BaseException:

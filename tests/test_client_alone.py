@@ -142,6 +142,7 @@ def test_every_field_of_a_request_can_be_given(request_, fields, arguments):
         ("Attribution", score.Attribution),
         ("TokenAttribution", score.TokenAttribution),
         ("Tensor", score.Tensor),
+        ("Divergence", score.Divergence),
         ("Health", ops.Health),
         ("Ready", ops.Ready),
         ("Info", ops.Info),

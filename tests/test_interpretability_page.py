@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.lora_files import lora_file
 from tests.service_process import ServiceProcess
 from tests.test_company import tiny_service
 
@@ -21,7 +22,9 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[ServiceProcess]:
-    with tiny_service(tmp_path_factory.mktemp("tiny"), cache_dir) as running:
+    directory = tmp_path_factory.mktemp("tiny")
+    adapter = f"--adapter=tone={lora_file(directory, 'tone')}"
+    with tiny_service(directory / "service", cache_dir, adapter) as running:
         yield running
 
 
@@ -35,7 +38,7 @@ def page(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory := tmp_path_factory.mktemp("page"))
         exec(compile(code, str(PAGE), "exec"), names)
-        assert len(BLOCKS) == 9
+        assert len(BLOCKS) == 10
         # The page's functions look their client up when they are called.
         with names["GemmaClient"](service.url) as names["client"]:
             yield SimpleNamespace(**names, directory=directory)
@@ -83,6 +86,20 @@ def test_a_token_that_looks_like_html_is_shown_as_it_is(page):
     score = SimpleNamespace(token='▁<b>"', score=-2.0)
 
     assert "> &lt;b&gt;&quot;<br><small>-2.00<" in page.heat_map([score])
+
+
+def test_an_adapter_differs_from_the_base_and_the_base_not_from_itself(page):
+    between = page.differences("The capital", ["gemma", "gemma:tone"])
+    assert all(divergence > 0 for _, divergence, _ in between)
+    # What is told of both is what each has alone.
+    alone = {
+        model: page.client.score([{"text": "The capital"}], model=model, return_=["tokens"])
+        for model in ("gemma", "gemma:tone")
+    }
+    first, other = (each.results[0].targets[0].tokens for each in alone.values())
+    assert [likelier for _, _, likelier in between] == [
+        two.logprob - one.logprob for one, two in zip(first, other, strict=True)
+    ]
 
 
 def test_what_is_kept_for_the_pictures_is_what_was_found(page):

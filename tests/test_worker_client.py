@@ -30,6 +30,7 @@ from service.protocol.messages import (
     OutputEnd,
     Piece,
     RequestEvent,
+    Score,
     SamplingParameters,
     ServerInfo,
     StopRules,
@@ -226,6 +227,21 @@ def test_an_error_after_the_first_piece_of_a_whole_answer_has_its_status():
 
     response = asyncio.run(post(ScriptedWorker(script), WHOLE))
     assert (response.status_code, response.json()["code"]) == (500, "numerical")
+
+
+def test_every_version_that_is_compared_is_in_use_until_the_request_is_closed():
+    async def scenario() -> None:
+        client = WorkerClient(lambda _command: None)
+        command = Score("s", "default", 0.0, "sha256:a", (), compared=(None, "sha256:b"))
+        scoring = asyncio.create_task(client.score(command))
+        await becomes_true(lambda: client.num_in_flight == 1)
+        client.deliver(Accepted("s", (1,)))
+        opened = await scoring
+        assert [client.uses(f"sha256:{each}") for each in "abc"] == [True, True, False]
+        opened.close()
+        assert not client.uses("sha256:b")
+
+    asyncio.run(scenario())
 
 
 def test_a_lost_worker_ends_every_open_request():

@@ -6,13 +6,16 @@ No status line leaves before everything is known, so whatever goes wrong is a re
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
 from service.adapters import ServedModel
-from service.api.clients import answer_unless_left, check_accept
+from service.api import safetensors
+from service.api.clients import answer_unless_left, chosen_media_type
 from service.api.route import StrictRoute
+from service.api.safetensors import Base64Tensors, NamedTensors
 from service.api.score_answers import score_response
 from service.api.score_schemas import (
     AttributionRequest,
@@ -57,13 +60,23 @@ router = APIRouter(route_class=StrictRoute)
 
 # Until keys come there is one tenant.
 _TENANT = "default"
+_JSON = "application/json"
+_AS_FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The scores. A safetensors file has the JSON answer as `answer` in its "
+        "metadata, and the numbers of each tensor under the `name` that stands there in place of "
+        "`b64`. Ask for it with `Accept` where an answer has more than a MiB.",
+        "content": {safetensors.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
 @router.post(
     "/score",
     response_model=ScoreResponse,
     response_model_exclude_unset=True,
-    responses=error_responses(
+    responses=_AS_FILE
+    | error_responses(
         AdapterMismatch,
         MalformedJson,
         ModelNotFound,
@@ -85,7 +98,7 @@ _TENANT = "default"
 )
 async def score(body: ScoreRequest, request: Request, state: State) -> Response:
     """Scores targets behind a context, whole texts, or token ids."""
-    check_accept(request, "application/json")
+    media_type = chosen_media_type(request, _JSON, safetensors.MEDIA_TYPE)
     meter = ScoreMeter(state.metrics)
     try:
         models = _models(body, state)
@@ -100,7 +113,7 @@ async def score(body: ScoreRequest, request: Request, state: State) -> Response:
         meter.abandoned()
         raise
     with closing(_Measured(scoring, meter)) as measured:
-        return await answer_unless_left(request, _answer(measured, body, models))
+        return await answer_unless_left(request, _answer(measured, body, models, media_type))
 
 
 class _Measured:
@@ -118,22 +131,26 @@ class _Measured:
 
 
 async def _answer(
-    measured: _Measured, body: ScoreRequest, models: Sequence[ServedModel]
+    measured: _Measured, body: ScoreRequest, models: Sequence[ServedModel], media_type: str
 ) -> Response:
     try:
         scored = await measured.scoring.scored()
     except ServiceError as error:
         measured.meter.failed(error.code)
         raise
-    response = score_response(scored, body, [model.name for model in models])
+    named = NamedTensors()
+    is_file = media_type == safetensors.MEDIA_TYPE
+    form = named if is_file else Base64Tensors()
+    response = score_response(scored, body, [model.name for model in models], form)
     measured.meter.finished(
         response.usage.prompt_tokens,
         scored.timings.queue_seconds,
         has_adapter=any(model.adapter is not None for model in models),
     )
+    text = response.model_dump_json(exclude_unset=True)
     return Response(
-        response.model_dump_json(exclude_unset=True),
-        media_type="application/json",
+        named.file({"answer": text}) if is_file else text,
+        media_type=media_type,
         headers={"X-Model": response.model},
     )
 

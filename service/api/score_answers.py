@@ -1,12 +1,13 @@
 """The answer of `POST /score`, out of the event that ends a request."""
 
-import base64
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from service.api.safetensors import Dtype, TensorForm
 from service.api.schemas import TopLogprob
 from service.api.score_schemas import (
     Attribution,
@@ -29,13 +30,19 @@ from service.protocol import messages as protocol
 from service.protocol.messages import InputAttribution, InputScore, Scored, TargetScore, TokenScore
 
 
-def score_response(scored: Scored, body: ScoreRequest, models: Sequence[str]) -> ScoreResponse:
-    """What was found, under the resolved names of the models."""
+def score_response(
+    scored: Scored, body: ScoreRequest, models: Sequence[str], form: TensorForm
+) -> ScoreResponse:
+    """What was found, under the resolved names of the models, with tensors in a form."""
     versions = (scored.inputs, *scored.compared)
-    results = [
-        _result(index, model, found[index], body)
+    pairs = [
+        (index, model, found[index])
         for index in range(len(body.inputs))
         for model, found in zip(models, versions, strict=True)
+    ]
+    results = [
+        _result(*pair, body, _Tensors(form, f"results.{number}"))
+        for number, pair in enumerate(pairs)
     ]
     num_tokens = sum(
         result.prompt_tokens
@@ -72,7 +79,22 @@ def _place_of(divergence: protocol.TargetDivergence) -> tuple[int, int, int]:
     return divergence.input_index, divergence.target_index, divergence.version
 
 
-def _result(index: int, model: str, found: InputScore, body: ScoreRequest) -> ScoreResult:
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """Those of one result, named after their place in the answer."""
+
+    form: TensorForm
+    place: str
+
+    def of(self, name: str, numbers: bytes, num_rows: int, dtype: Dtype = "float32") -> Tensor:
+        size = 2 if dtype == "float16" else 4
+        width = len(numbers) // (size * num_rows) if num_rows else 0
+        return self.form.tensor(f"{self.place}.{name}", dtype, [num_rows, width], numbers)
+
+
+def _result(
+    index: int, model: str, found: InputScore, body: ScoreRequest, tensors: _Tensors
+) -> ScoreResult:
     """One input under one model; what was not asked for stays unset, and so is not sent."""
     result = ScoreResult(
         input_index=index,
@@ -81,12 +103,15 @@ def _result(index: int, model: str, found: InputScore, body: ScoreRequest) -> Sc
         targets=_targets(found, body.inputs[index], body.return_),
     )
     if body.capture:
-        result.captures = [_captured(each) for each in found.captures]
+        result.captures = [
+            _captured(each, tensors, f"captures.{number}")
+            for number, each in enumerate(found.captures)
+        ]
     if "logits" in body.return_:
-        result.logits = _logits(found)
+        result.logits = _logits(found, tensors)
     if body.attribution is not None:
         assert found.attribution is not None, "it was asked for"
-        result.attribution = _attribution(found.attribution, body.attribution)
+        result.attribution = _attribution(found.attribution, body.attribution, tensors)
     return result
 
 
@@ -118,34 +143,30 @@ def _target(
     return told
 
 
-def _logits(found: InputScore) -> Logits:
+def _logits(found: InputScore, tensors: _Tensors) -> Logits:
     """Of the one target; it tells its tokens whenever there are logits."""
     [target] = found.targets
     positions = [token.position - 1 for token in target.tokens]
-    shape = [len(positions), len(found.logits) // (4 * len(positions))]
-    text = base64.b64encode(found.logits).decode("ascii")
-    return Logits(positions=positions, tensor=Tensor(b64=text, dtype="float32", shape=shape))
+    tensor = tensors.of("logits", found.logits, len(positions))
+    return Logits(positions=positions, tensor=tensor)
 
 
-def _captured(found: protocol.CapturedStream) -> CapturedStream:
-    dtype, size = ("float16", 2) if found.is_half else ("float32", 4)
-    num_rows = len(found.positions)
-    width = len(found.numbers) // (size * num_rows) if num_rows else 0
-    text = base64.b64encode(found.numbers).decode("ascii")
+def _captured(found: protocol.CapturedStream, tensors: _Tensors, name: str) -> CapturedStream:
+    dtype: Dtype = "float16" if found.is_half else "float32"
     return CapturedStream(
         target_index=found.target_index,
         layer=found.layer,
         positions=list(found.positions),
-        tensor=Tensor.model_validate({"b64": text, "dtype": dtype, "shape": [num_rows, width]}),
+        tensor=tensors.of(name, found.numbers, len(found.positions), dtype),
     )
 
 
-def _attribution(found: InputAttribution, asked: AttributionRequest) -> Attribution:
+def _attribution(
+    found: InputAttribution, asked: AttributionRequest, tensors: _Tensors
+) -> Attribution:
     scores, tensor = None, None
     if asked.reduce == "none":
-        shape = [found.num_tokens, len(found.tensor) // (4 * found.num_tokens)]
-        text = base64.b64encode(found.tensor).decode("ascii")
-        tensor = Tensor(b64=text, dtype="float32", shape=shape)
+        tensor = tensors.of("attribution", found.tensor, found.num_tokens)
     else:
         scores = [
             TokenAttribution(position=position, id=each.id, token=each.token, score=each.score)

@@ -295,9 +295,12 @@ class ScoredTarget(_Model):
 
 
 class Tensor(_Model):
-    """Numbers in base64: little-endian, row by row."""
+    """Numbers, little-endian and row by row: here in base64, or in the file that this is in."""
 
-    b64: str
+    b64: str | None = Field(None, description="The numbers, in an answer as JSON.")
+    name: str | None = Field(
+        None, description="Where they are in the file, in an answer as `application/x-safetensors`."
+    )
     dtype: Literal["float16", "float32"]
     shape: list[int]
 

@@ -14,6 +14,7 @@ from service.client.errors import GemmaError, UnexpectedAnswer, error_of_respons
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
 FILE = "application/octet-stream"
+SAFETENSORS = "application/x-safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,12 @@ class Answer(BaseModel):
 AnswerT = TypeVar("AnswerT", bound=Answer)
 
 
-def read(answer: type[AnswerT], body: bytes | str) -> AnswerT:
-    """The answer in ``body``."""
+def read(
+    answer: type[AnswerT], body: bytes | str, tensors: Mapping[str, bytes] | None = None
+) -> AnswerT:
+    """The answer in ``body``; ``tensors`` are what it names of the file that it came in."""
     try:
-        return answer.model_validate_json(body)
+        return answer.model_validate_json(body, context=tensors)
     except ValidationError as error:
         # Without its input, which pydantic would show.
         first = error.errors(include_input=False, include_url=False)[0]

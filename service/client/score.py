@@ -1,10 +1,12 @@
 """POST /score: its fields and its answer."""
 
 import base64
-from collections.abc import Sequence
-from typing import Literal, NotRequired, TypeAlias, TypedDict
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
-from service.client.call import Answer, Call, check_names, to_json
+from service.client.call import JSON, SAFETENSORS, Answer, Call, check_names, read, to_json
+from service.client.errors import UnexpectedAnswer
 from service.client.residual_stream import Capture, Intervention
 from service.client.tokens import TokenLogprob
 
@@ -85,19 +87,35 @@ class ScoredTarget(Answer):
 
 
 class Tensor(Answer):
-    """Numbers in base64: little-endian, row by row.
+    """Numbers, little-endian and row by row.
 
     ``np.frombuffer(tensor.data, tensor.dtype).reshape(tensor.shape)`` is an array of them.
+
+    Attributes:
+        b64: In base64, in an answer as JSON.
+        name: In an answer as a safetensors file: under which they are there.
     """
 
-    b64: str
+    b64: str | None = None
+    name: str | None = None
     dtype: str
     shape: list[int]
+    _data: bytes = b""
+
+    def model_post_init(self, context: Any) -> None:
+        """Takes the numbers out of ``context``, the tensors of the file that the answer came in."""
+        if self.b64 is not None:
+            self._data = base64.b64decode(self.b64, validate=True)
+            return
+        tensors: Mapping[str, bytes] = context or {}
+        if self.name is None or self.name not in tensors:
+            raise ValueError("the numbers of a tensor are not there")
+        self._data = tensors[self.name]
 
     @property
     def data(self) -> bytes:
         """The bytes of the numbers."""
-        return base64.b64decode(self.b64, validate=True)
+        return self._data
 
 
 class Logits(Answer):
@@ -193,9 +211,39 @@ class Scores(Answer):
     kl: list[Divergence] | None = None
 
 
-def score_call(inputs: Sequence[ScoreInput], fields: ScoreFields) -> Call:
+def score_call(
+    inputs: Sequence[ScoreInput], fields: ScoreFields, *, as_safetensors: bool = False
+) -> Call:
     """What the inputs are worth."""
     check_names(fields, ScoreFields, "score")
     # `return` is a word of Python's.
     named = {name.rstrip("_"): value for name, value in fields.items()}
-    return Call("POST", "/score", to_json({"inputs": inputs, **named}))
+    accept = SAFETENSORS if as_safetensors else JSON
+    return Call("POST", "/score", to_json({"inputs": inputs, **named}), accept=accept)
+
+
+def read_scores(body: bytes, *, as_safetensors: bool) -> Scores:
+    """The answer, in either form."""
+    if not as_safetensors:
+        return read(Scores, body)
+    text, tensors = _opened(body)
+    return read(Scores, text, tensors)
+
+
+def _opened(body: bytes) -> tuple[str, dict[str, bytes]]:
+    """The JSON of the answer in a safetensors file, and the numbers of its tensors by name."""
+    try:
+        start = 8 + int.from_bytes(body[:8], "little")
+        header = dict(json.loads(body[8:start]))
+        text = str(header.pop("__metadata__")["answer"])
+        offsets = {name: each["data_offsets"] for name, each in header.items()}
+        tensors = {
+            name: body[start + begin : start + end] for name, (begin, end) in offsets.items()
+        }
+        is_whole = all(len(tensors[name]) == end - begin for name, (begin, end) in offsets.items())
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        detail = "The answer is no whole safetensors file. Is this the address of a Gemma service?"
+        raise UnexpectedAnswer(detail)
+    return text, tensors
