@@ -129,6 +129,8 @@ class WorkerClient:
         self._send = send
         self._inboxes: dict[str, asyncio.Queue[RequestEvent]] = {}
         self._adapters: dict[str, set[str]] = {}
+        # What those who sent them call them.
+        self._own_names: dict[str, str] = {}
 
     @property
     def num_in_flight(self) -> int:
@@ -139,20 +141,24 @@ class WorkerClient:
         """Whether a request in flight runs with the adapter of that digest."""
         return any(adapter in used for used in self._adapters.values())
 
-    async def start(self, command: Generate) -> Generation:
+    async def start(self, command: Generate, own_name: str | None = None) -> Generation:
         """Sends ``command`` and waits until the worker admits it.
+
+        Args:
+            command: The request.
+            own_name: What whoever sent it calls it.
 
         Raises:
             ServiceError: The worker refused it, or there is none; the subclass says why.
         """
-        return Generation(*await self._admitted(command), self._close)
+        return Generation(*await self._admitted(command, own_name), self._close)
 
-    async def score(self, command: Score) -> Scoring:
+    async def score(self, command: Score, own_name: str | None = None) -> Scoring:
         """The same for scores."""
-        return Scoring(*await self._admitted(command), self._close)
+        return Scoring(*await self._admitted(command, own_name), self._close)
 
     async def _admitted(
-        self, command: Generate | Score
+        self, command: Generate | Score, own_name: str | None
     ) -> "tuple[Accepted, asyncio.Queue[RequestEvent]]":
         self._send(command)
         inbox: asyncio.Queue[RequestEvent] = asyncio.Queue()
@@ -160,6 +166,8 @@ class WorkerClient:
         versions = command.versions if isinstance(command, Score) else (command.adapter,)
         if used := {digest for digest in versions if digest is not None}:
             self._adapters[command.request_id] = used
+        if own_name is not None:
+            self._own_names[command.request_id] = own_name
         try:
             first = await inbox.get()
         except BaseException:
@@ -177,13 +185,16 @@ class WorkerClient:
     def cancel(self, request_id: str) -> bool:
         """Asks the worker to end a request, which still gets its end; False if none has that id.
 
+        By the name that those who sent them gave to several, all of these.
+
         Raises:
             ServiceError: There is no worker at the moment.
         """
-        if request_id not in self._inboxes:
-            return False
-        self._send(Cancel(request_id))
-        return True
+        named = [request_id] if request_id in self._inboxes else []
+        named += [each for each, name in self._own_names.items() if name == request_id]
+        for each in named:
+            self._send(Cancel(each))
+        return bool(named)
 
     def deliver(self, event: RequestEvent) -> None:
         """Hands one event to the request it is about, if anyone still waits."""
@@ -198,6 +209,7 @@ class WorkerClient:
     def _close(self, request_id: str, still_running: bool) -> None:
         was_open = self._inboxes.pop(request_id, None) is not None
         self._adapters.pop(request_id, None)
+        self._own_names.pop(request_id, None)
         if not (was_open and still_running):
             return
         try:

@@ -104,7 +104,7 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Any
         command = _command(body, state, model)
         if state.view.readiness().reason == "draining":
             raise Draining("The service is stopping and takes no new work.")
-        generation = await state.worker.start(command)
+        generation = await state.worker.start(command, request_id(request.scope))
     except ServiceError as error:
         meter.failed(error.code)
         raise _with_pointers_of(body, error) from None

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from service.adapters import ServedModel
 from service.api import safetensors
 from service.api.clients import answer_unless_left, chosen_media_type
+from service.api.problems import request_id
 from service.api.route import StrictRoute
 from service.api.safetensors import Base64Tensors, NamedTensors
 from service.api.score_answers import score_response
@@ -105,7 +106,7 @@ async def score(body: ScoreRequest, request: Request, state: State) -> Response:
         command = _command(body, state, models)
         if state.view.readiness().reason == "draining":
             raise Draining("The service is stopping and takes no new work.")
-        scoring = await state.worker.score(command)
+        scoring = await state.worker.score(command, request_id(request.scope))
     except ServiceError as error:
         meter.failed(error.code)
         raise

@@ -29,6 +29,7 @@ class Call:
         accept: Media type of the answer.
         key: Idempotency-Key. What has one is done once, however often it is sent.
         last_event_id: Of a stream that goes on behind this event.
+        request_id: What the caller calls it, if anything.
         statuses: Those whose body is the answer; any other is an error.
         error: Makes the exception of any other, from status, headers and body.
     """
@@ -40,6 +41,7 @@ class Call:
     accept: str = JSON
     key: str | None = None
     last_event_id: int | None = None
+    request_id: str | None = None
     statuses: frozenset[int] = frozenset({200})
     error: Callable[[int, Mapping[str, str], bytes], GemmaError] = error_of_response
 
@@ -52,6 +54,8 @@ class Call:
             told["Idempotency-Key"] = self.key
         if self.last_event_id is not None:
             told["Last-Event-ID"] = str(self.last_event_id)
+        if self.request_id is not None:
+            told["X-Request-Id"] = self.request_id
         return told
 
 

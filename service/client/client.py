@@ -76,9 +76,14 @@ class GemmaClient:
         """Closes all connections; what runs over them ends."""
         self._transport.close()
 
-    def generate(self, prompt: Prompt, **fields: Unpack[GenerateFields]) -> Generation:
-        """Continues one or several prompts; `GenerateFields` has the names of the rest."""
-        return read(Generation, self._transport.send(generate_call(prompt, fields)))
+    def generate(
+        self, prompt: Prompt, *, request_id: str | None = None, **fields: Unpack[GenerateFields]
+    ) -> Generation:
+        """Continues one or several prompts; `GenerateFields` has the names of the rest.
+
+        By the ``request_id`` that you give it, `cancel` ends it from elsewhere.
+        """
+        return read(Generation, self._transport.send(generate_call(prompt, fields, request_id)))
 
     def stream(self, prompt: Prompt, **fields: Unpack[GenerateFields]) -> GenerationStream:
         """The same as it comes.
@@ -94,18 +99,23 @@ class GemmaClient:
         inputs: Sequence[ScoreInput],
         *,
         as_safetensors: bool = False,
+        request_id: str | None = None,
         **fields: Unpack[ScoreFields],
     ) -> Scores:
         """How likely texts are; ``return_`` names what is told of each target.
 
+        By the ``request_id`` that you give it, `cancel` ends it from elsewhere.
         ``as_safetensors`` is for answers with large tensors: their numbers come as they are, a
         quarter smaller than in base64.
         """
-        call = score_call(inputs, fields, as_safetensors=as_safetensors)
+        call = score_call(inputs, fields, request_id, as_safetensors=as_safetensors)
         return read_scores(self._transport.send(call), as_safetensors=as_safetensors)
 
     def cancel(self, request_id: str) -> None:
-        """Ends a running request, whose own answer then has what there was."""
+        """Ends a running request, whose own answer then has what there was.
+
+        Where there is nothing, as of scores, that answer is an error: ``request_cancelled``.
+        """
         self._transport.send(ops.cancel_call(request_id))
 
     def finetune(
@@ -237,8 +247,11 @@ class AsyncGemmaClient:
     async def close(self) -> None:
         await self._transport.close()
 
-    async def generate(self, prompt: Prompt, **fields: Unpack[GenerateFields]) -> Generation:
-        return read(Generation, await self._transport.send(generate_call(prompt, fields)))
+    async def generate(
+        self, prompt: Prompt, *, request_id: str | None = None, **fields: Unpack[GenerateFields]
+    ) -> Generation:
+        call = generate_call(prompt, fields, request_id)
+        return read(Generation, await self._transport.send(call))
 
     def stream(self, prompt: Prompt, **fields: Unpack[GenerateFields]) -> AsyncGenerationStream:
         return AsyncGenerationStream(self._transport, stream_call(prompt, fields))
@@ -248,9 +261,10 @@ class AsyncGemmaClient:
         inputs: Sequence[ScoreInput],
         *,
         as_safetensors: bool = False,
+        request_id: str | None = None,
         **fields: Unpack[ScoreFields],
     ) -> Scores:
-        call = score_call(inputs, fields, as_safetensors=as_safetensors)
+        call = score_call(inputs, fields, request_id, as_safetensors=as_safetensors)
         return read_scores(await self._transport.send(call), as_safetensors=as_safetensors)
 
     async def cancel(self, request_id: str) -> None:

@@ -151,10 +151,11 @@ class DoneEvent(Answer):
 GenerationEvent: TypeAlias = StartEvent | TokenEvent | DoneEvent
 
 
-def generate_call(prompt: Prompt, fields: GenerateFields) -> Call:
+def generate_call(prompt: Prompt, fields: GenerateFields, request_id: str | None = None) -> Call:
     """A generation that is answered whole."""
     check_names(fields, GenerateFields, "generate")
-    return Call("POST", "/generate", to_json({"prompt": prompt, **fields}))
+    body = to_json({"prompt": prompt, **fields})
+    return Call("POST", "/generate", body, request_id=request_id)
 
 
 def stream_call(prompt: Prompt, fields: GenerateFields) -> Call:

@@ -212,14 +212,19 @@ class Scores(Answer):
 
 
 def score_call(
-    inputs: Sequence[ScoreInput], fields: ScoreFields, *, as_safetensors: bool = False
+    inputs: Sequence[ScoreInput],
+    fields: ScoreFields,
+    request_id: str | None = None,
+    *,
+    as_safetensors: bool = False,
 ) -> Call:
     """What the inputs are worth."""
     check_names(fields, ScoreFields, "score")
     # `return` is a word of Python's.
     named = {name.rstrip("_"): value for name, value in fields.items()}
     accept = SAFETENSORS if as_safetensors else JSON
-    return Call("POST", "/score", to_json({"inputs": inputs, **named}), accept=accept)
+    body = to_json({"inputs": inputs, **named})
+    return Call("POST", "/score", body, accept=accept, request_id=request_id)
 
 
 def read_scores(body: bytes, *, as_safetensors: bool) -> Scores:
