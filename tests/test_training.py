@@ -74,16 +74,6 @@ def test_a_job_goes_on_from_a_checkpoint_to_the_same_bits(engine):
     trainer.drop("b")
 
 
-def test_an_estimate_counts_the_tokens_of_all_steps_with_what_fills_the_programs(engine):
-    # A step of each: 3 rows of 14, 13 and 12 tokens, 3 rooms of 16; then a row of 300 as well.
-    short = engine.trainer.estimate(_plan("short", rows=_rows(3, 14), num_steps=5))
-    assert (short.num_tokens, short.num_padded_tokens) == (5 * 39, 5 * 128)
-    rows = (*_rows(3, 14), *_rows(1, 300))
-    both = engine.trainer.estimate(_plan("both", rows=rows, num_steps=5, batch_size=4))
-    assert (both.num_tokens, both.num_padded_tokens) == (5 * 339, 5 * (128 + 512))
-    assert 0 < short.seconds < both.seconds
-
-
 @pytest.mark.parametrize("name", ["gemma1_tiny", "gemma2_tiny"])
 def test_five_steps_of_plain_descent_are_those_of_keras_hub(engine_of, name):
     engine = engine_of(name)
