@@ -35,6 +35,7 @@ def create_app(state: ServiceState) -> FastAPI:
                 max_body_bytes=settings.body_bytes,
                 max_job_bytes=settings.job_body_bytes,
                 max_adapter_bytes=settings.adapter_body_bytes,
+                max_held_bytes=settings.held_body_bytes,
                 body_timeout_seconds=settings.body_timeout_seconds,
             ),
         ],

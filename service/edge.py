@@ -8,8 +8,9 @@ after the body, a disconnect that is, still reaches the application's ``receive`
 """
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from uuid import uuid4
 
 from starlette.middleware import Middleware
@@ -20,7 +21,8 @@ from service.errors import (
     BodyTimeout,
     BodyTooLarge,
     MalformedJson,
-    RequestError,
+    QueueFull,
+    ServiceError,
     UnsupportedMediaType,
 )
 
@@ -29,6 +31,7 @@ _DIGITS = re.compile(rb"[0-9]{1,19}")
 _LINGER_SECONDS = 1.0
 # What a larger body must have in a piece, on average.
 _LEAST_CHUNK_BYTES = 1024
+_MAX_HELD_BYTES = 256 * 1024 * 1024
 
 
 def edge_middleware(
@@ -38,10 +41,12 @@ def edge_middleware(
     max_body_chunks: int = 4096,
     max_job_bytes: int | None = None,
     max_adapter_bytes: int | None = None,
+    max_held_bytes: int = _MAX_HELD_BYTES,
 ) -> list[Middleware]:
     """The middlewares in their only right order, for ``FastAPI(middleware=...)``.
 
-    Jobs and adapters may be larger than what else is sent.
+    Jobs and adapters may be larger than what else is sent; ``max_held_bytes`` of such bodies are
+    held at once.
     """
     larger = {}
     if max_job_bytes is not None:
@@ -57,6 +62,7 @@ def edge_middleware(
             body_timeout_seconds=body_timeout_seconds,
             max_body_chunks=max_body_chunks,
             larger=larger,
+            max_held_bytes=max_held_bytes,
         ),
     ]
 
@@ -120,7 +126,9 @@ class UnhandledErrors:
 class BodyGuard:
     """Bounds the body in bytes, pieces and seconds, and refuses what is not JSON by its header.
 
-    Pieces are counted because a body of one-byte chunks costs far more than its bytes.
+    Pieces are counted because a body of one-byte chunks costs far more than its bytes. Of bodies
+    beyond the usual size only so many bytes are held at once, from before they are read until their
+    answer is sent; one is always taken.
     """
 
     def __init__(
@@ -131,32 +139,50 @@ class BodyGuard:
         body_timeout_seconds: float,
         max_body_chunks: int,
         larger: Mapping[tuple[str, str], int] | None = None,
+        max_held_bytes: int = _MAX_HELD_BYTES,
     ) -> None:
         self.app = app
         self.larger = larger or {}
         self.max_body_bytes = max_body_bytes
         self.body_timeout_seconds = body_timeout_seconds
         self.max_body_chunks = max_body_chunks
+        self.max_held_bytes = max_held_bytes
+        self.num_held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        error: RequestError
-        try:
-            max_bytes = self._max_bytes(scope)
-            self._check_head(scope, max_bytes)
-            async with asyncio.timeout(self.body_timeout_seconds):
-                body = await self._read(receive, max_bytes)
-        except TimeoutError:
-            error = BodyTimeout(f"The body took longer than {self.body_timeout_seconds:g} s.")
-        except RequestError as refusal:
-            error = refusal
-        else:
-            if body is not None:
-                await self.app(scope, _body_then(body, receive), send)
-            return
+        error: ServiceError
+        with contextlib.ExitStack() as held:
+            try:
+                max_bytes = self._max_bytes(scope)
+                num_bytes = self._check_head(scope, max_bytes)
+                held.enter_context(self._holding(num_bytes))
+                async with asyncio.timeout(self.body_timeout_seconds):
+                    body = await self._read(receive, max_bytes)
+            except TimeoutError:
+                error = BodyTimeout(f"The body took longer than {self.body_timeout_seconds:g} s.")
+            except ServiceError as refusal:
+                error = refusal
+            else:
+                if body is not None:
+                    await self.app(scope, _body_then(body, receive), send)
+                return
         await _refuse(error, scope, receive, send)
+
+    @contextlib.contextmanager
+    def _holding(self, num_bytes: int) -> Iterator[None]:
+        """Counts a large body while it is there; raises `QueueFull` if it would be too much."""
+        if num_bytes <= self.max_body_bytes:
+            num_bytes = 0
+        elif self.num_held_bytes and self.num_held_bytes + num_bytes > self.max_held_bytes:
+            raise QueueFull("Other large bodies are being taken.")
+        self.num_held_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.num_held_bytes -= num_bytes
 
     def _max_bytes(self, scope: Scope) -> int:
         """Of a body that goes there. A path that ends in a slash stands for all below it."""
@@ -167,7 +193,8 @@ class BodyGuard:
                 return max_bytes
         return self.max_body_bytes
 
-    def _check_head(self, scope: Scope, max_bytes: int) -> None:
+    def _check_head(self, scope: Scope, max_bytes: int) -> int:
+        """The bytes of the body, or as many as it may have if it does not say."""
         length = _header(scope, b"content-length")
         is_chunked = _header(scope, b"transfer-encoding") is not None
         if length is not None and is_chunked:
@@ -181,11 +208,12 @@ class BodyGuard:
         media_type = _header(scope, b"content-type")
         if media_type is None and num_bytes == 0 and not is_chunked:
             # No body at all: the route says what that means (405, or an empty body).
-            return
+            return 0
         if scope["method"] in ("POST", "PATCH") and not _is_type(media_type, b"application/json"):
             raise UnsupportedMediaType("Send the body as application/json.")
         if scope["method"] == "PUT" and not _is_type(media_type, b"application/octet-stream"):
             raise UnsupportedMediaType("Send the file as application/octet-stream.")
+        return max_bytes if is_chunked else num_bytes
 
     async def _read(self, receive: Receive, max_bytes: int) -> bytes | None:
         """The whole body, or None if the client left before its end."""
@@ -231,7 +259,7 @@ def _body_then(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse(error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
     """Sends the problem whole, then discards the rest of the body for a moment, then closes.
 
     Closing at once would reset the connection under a client that is still sending, and it

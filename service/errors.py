@@ -238,7 +238,7 @@ class CapacityError(ServiceError):
 
 
 class QueueFull(CapacityError):
-    """As many requests or tokens are waiting as the queue may hold."""
+    """As many requests or tokens are waiting, or large bodies arriving, as may be held."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "queue_full"

@@ -112,6 +112,12 @@ class Settings(BaseSettings):
     adapter_body_bytes: int = Field(
         67_108_864, ge=1024, le=268_435_456, description="Bytes of an adapter that is sent."
     )
+    held_body_bytes: int = Field(
+        268_435_456,
+        ge=1024,
+        le=2**40,
+        description="Bytes of bodies beyond `body_bytes` that are held at once; one always is.",
+    )
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=3600, description="Seconds after which a request ends with what it has."
     )

@@ -179,7 +179,7 @@ def test_a_content_length_that_is_no_number_is_refused_before_reading(length):
 
         guard = BodyGuard(never, max_body_bytes=9, body_timeout_seconds=1, max_body_chunks=9)
         headers = [(b"content-length", length), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "headers": headers}
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
         await guard(scope, nothing_more, collect)
         return sent
 

@@ -283,6 +283,41 @@ def test_a_file_goes_in_and_the_same_bytes_come_out(tmp_path):
     run(main())
 
 
+def test_large_bodies_beyond_what_is_held_at_once_are_429_until_there_is_room(tmp_path):
+    size = 2**20
+    headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+
+    async def main():
+        limits = {"body_bytes": size // 2, "held_body_bytes": 3 * size // 2}
+        async with service(tmp_path, **limits) as (_, client):
+            is_sent, go_on = asyncio.Event(), asyncio.Event()
+
+            async def slowly():
+                yield b"w" * (size - 1)
+                is_sent.set()
+                await go_on.wait()
+                yield b"w"
+
+            async def put(content):
+                path = "/adapters/tone?format=peft"
+                return await client.put(path, content=content, headers=headers)
+
+            sending = asyncio.create_task(put(slowly()))
+            await is_sent.wait()
+            refused = await put(b"w" * size)
+            small = {"Content-Type": "application/octet-stream"}
+            path = "/adapters/small?format=peft"
+            taken = await client.put(path, content=b"w", headers=small)
+            go_on.set()
+            statuses = (await sending).status_code, taken.status_code
+            assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+            assert refused.headers["retry-after"] == "1"
+            assert statuses == (201, 201)
+            assert (await put(b"w" * size)).status_code == 201
+
+    run(main())
+
+
 def test_a_job_goes_on_from_a_version_with_its_form_and_keeps_it_from_being_deleted(tmp_path):
     async def main():
         headers = {"Content-Type": "application/octet-stream"}

@@ -1,6 +1,7 @@
 """/adapters: versions with where they come from, files in and out, and which one is live."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -32,6 +33,7 @@ from service.errors import (
     InvalidField,
     Loading,
     MalformedJson,
+    QueueFull,
     StorageFull,
     UnsupportedMediaType,
     VersionConflict,
@@ -101,6 +103,7 @@ async def adapter(
         BodyTooLarge,
         UnsupportedMediaType,
         InvalidField,
+        QueueFull,
         InternalError,
         Loading,
         Draining,
@@ -116,7 +119,9 @@ async def upload(
         raise Draining("The service is stopping and takes no new work.")
     content = await request.body()
     training = state.trained()
-    async with training.keys.once(TENANT, key, f"{name} {format} ".encode() + content) as once:
+    # Of 64 MiB it takes a while.
+    digest = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
+    async with training.keys.once(TENANT, key, f"{name} {format} {digest}".encode()) as once:
         if once.answer is None:
             version = await training.versions.upload(name, content, format, once)
         else:

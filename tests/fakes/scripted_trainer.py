@@ -85,7 +85,7 @@ class ScriptedTrainer:
                     self.deliver(AdapterFailed(request_id, self.save_failure, "no room"))
                     return
                 path = Path(folder) / "adapter"
-                path.parent.mkdir()
+                path.parent.mkdir(exist_ok=True)
                 path.write_bytes(self.memory[digest])
                 self.disk[digest] = str(path)
                 self.deliver(AdapterSaved(request_id, AdapterSource(digest, str(path))))
