@@ -7,6 +7,7 @@ is formed row by row, tile by tile in the order of its tokens, so that no row me
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from model.block_gradient import SequenceRows
 from model.config import GemmaConfig
 from model.gemma.block import LayerTraits, block
 from model.gemma.weights import BlockWeights
+from model.kernels.back_product import back_product
 from model.kernels.product import product
 
 # Rows begin at multiples of it.
@@ -32,10 +34,14 @@ class RowPairs(NamedTuple):
 
 
 class TileRows(NamedTuple):
-    """Which row and which adapter each tile of tokens belongs to; padding to row ``rows``."""
+    """Which row and which adapter each tile of tokens belongs to; padding to row ``rows``.
+
+    Native products compute the first ``num_real`` tokens only: behind them is nothing but padding.
+    """
 
     rows: Int[Array, " tiles"]
     adapters: Int[Array, " tiles"]
+    num_real: Int[Array, ""]
 
 
 Pairs = Mapping[str, RowPairs]
@@ -58,7 +64,7 @@ def forward_keeping(
 
     def project(field: str, before: Array) -> Array:
         flat, weight = before[0], getattr(weights, field)
-        made = product(flat, weight) if is_native else _plain_product(flat, weight)
+        made = product(flat, weight, tiles.num_real) if is_native else _plain_product(flat, weight)
         kept[field] = _with_pairs(made, flat, pairs[field], tiles)
         return kept[field][None]
 
@@ -80,6 +86,7 @@ def backward_from_kept(
     derivative: Float[Array, "1 tokens width"],
     *,
     num_rows: int,
+    is_native: bool,
 ) -> tuple[Float[Array, "1 tokens width"], dict[str, tuple[Array, Array]]]:
     """The derivative by what entered the block, and by the pairs of each row."""
 
@@ -95,7 +102,7 @@ def backward_from_kept(
     def run(before: Array, row_pairs: dict[str, tuple[Array, Array]]) -> Array:
         def project(field: str, inner: Array) -> Array:
             given = (getattr(weights, field), kept[field], pairs[field], tiles)
-            return _kept_product(inner[0], row_pairs[field], *given)[None]
+            return _kept_product(is_native, inner[0], row_pairs[field], *given)[None]
 
         after, _ = block(
             config,
@@ -143,8 +150,9 @@ def _with_pairs(made: Array, x: Array, pair: RowPairs, tiles: TileRows) -> Array
     return apart
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kept_product(
+    is_native: bool,
     x: Array,
     row_pairs: tuple[Array, Array],
     weight: Array,
@@ -155,13 +163,14 @@ def _kept_product(
     return kept
 
 
-def _keep(*given: Any) -> tuple[Array, Any]:
+def _keep(is_native: bool, *given: Any) -> tuple[Array, Any]:
     return given[3], given
 
 
-def _pull_back(given: Any, derivative: Array) -> tuple[Any, ...]:
+def _pull_back(is_native: bool, given: Any, derivative: Array) -> tuple[Any, ...]:
     x, (zero_a, zero_b), weight, _, pair, tiles = given
-    by_x = jax.lax.optimization_barrier(derivative @ weight)
+    made = back_product(derivative, weight, tiles.num_real) if is_native else derivative @ weight
+    by_x = jax.lax.optimization_barrier(made)
     heads = pair.a.shape[1]
 
     def through_pairs() -> tuple[Array, Array, Array]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from model.config import GemmaConfig
 from model.gemma.attention import soft_cap
 from model.gemma.norms import rms_norm
+from model.kernels.back_product import back_product
 from model.kernels.product import product
 
 _NO_MAXIMUM = -1e30
@@ -47,14 +48,18 @@ def add_part(
     final_norm: Float[Array, " width"],
     x: Float[Array, "places width"],
     token_ids: Int[Array, " places"],
+    num_real: Int[Array, ""],
     sums: HeadSums,
     *,
     is_native: bool,
 ) -> HeadSums:
-    """With the tokens of one part, whose first ``num_done`` were in the one before."""
+    """With the tokens of one part, whose first ``num_done`` were in the one before.
+
+    Native products compute the first ``num_real`` places only.
+    """
     hidden = rms_norm(x, final_norm, epsilon=config.final_norm_epsilon)
     if is_native:
-        logits = product(hidden, part)
+        logits = product(hidden, part, num_real)
     else:
         logits = jax.lax.dot_general(hidden, part, (((1,), (1,)), ((), ())))
     logits = soft_cap(logits, config.final_soft_cap)
@@ -65,7 +70,8 @@ def add_part(
     maximum = jnp.maximum(sums.maximum, jnp.max(seen, axis=1))
     shrink = jnp.exp(sums.maximum - maximum)
     weights = jnp.where(is_new, jnp.exp(seen - maximum[:, None]), 0.0)
-    weighted = (weights * _slope(config, logits)) @ part
+    slopes = weights * _slope(config, logits)
+    weighted = back_product(slopes, part, num_real) if is_native else slopes @ part
     return HeadSums(
         maximum,
         sums.total * shrink + jnp.sum(weights, axis=1),

@@ -116,22 +116,27 @@ class MicroBatches:
             x = _floats(1, size, width)
             ids: Any = jax.ShapeDtypeStruct((1, size), jnp.int32)
             tile: Any = jax.ShapeDtypeStruct((size // TILE_TOKENS,), jnp.int32)
-            tiles = TileRows(tile, tile)
+            number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+            tiles = TileRows(tile, tile, number)
             pairs = self._nothing[_num_adapters(size)]
             model = (self._weights.blocks[0], self._traits[0], x, SequenceRows(ids, ids))
             forward = partial(forward_keeping, self._config, is_native=self._is_native)
-            backward = partial(backward_from_kept, self._config, num_rows=max_rows(size))
+            backward = partial(
+                backward_from_kept,
+                self._config,
+                num_rows=max_rows(size),
+                is_native=self._is_native,
+            )
             given = (*model, tiles, pairs)
             yield ProgramSpec(f"train_forward[{size}]", forward, given)
             _, kept = jax.eval_shape(forward, *given)
             yield ProgramSpec(f"train_backward[{size}]", backward, (*given, kept, x))
-        number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         ids = jax.ShapeDtypeStruct((HEAD_PLACES,), jnp.int32)
         x, sums = _floats(HEAD_PLACES, width), no_sums(HEAD_PLACES, width)
         norm = self._weights.final_norm
         head = partial(add_part, self._config, is_native=self._is_native)
         part = (self._parts[0][1], number, number)
-        yield ProgramSpec("train_head", head, (*part, norm, x, ids, sums))
+        yield ProgramSpec("train_head", head, (*part, norm, x, ids, number, sums))
         loss = partial(loss_and_derivative, self._config)
         given_loss = (self._weights.embeddings, norm, x, ids, sums)
         yield ProgramSpec("train_loss", loss, given_loss)
@@ -144,10 +149,10 @@ class MicroBatches:
         """
         row = TrainingRow((0,) * size, (False,) * (size - HEAD_PLACES) + (True,) * HEAD_PLACES)
         batch = MicroBatch([row], [adapter], [0], wants_gradient=True)
-        rows, tiles, ids = _layout(batch.rows, size)
+        rows, tiles, ids = _layout(batch, size)
         x, pairs = self._embedded(ids), self._pairs(batch, 0, size)
         forward, backward = (self._programs[f"train_{way}[{size}]"] for way in _WAYS)
-        given = (self._weights.blocks[0], self._traits[0], x, rows, tiles(batch), pairs)
+        given = (self._weights.blocks[0], self._traits[0], x, rows, tiles, pairs)
         for _ in range(2):
             began = time.monotonic()
             after, kept = forward(*given)
@@ -160,15 +165,16 @@ class MicroBatches:
     def run(self, batch: MicroBatch, take: TakeGradient) -> Generator[None, None, Losses]:
         """Losses of every row; derivatives go to ``take``. Yields after each piece."""
         size = batch.num_tokens
-        rows, tiles, ids = _layout(batch.rows, size)
+        rows, tiles, ids = _layout(batch, size)
         x = self._embedded(ids)
-        before, kept = [], []
+        before, kept, pairs = [], [], []
         forward, backward = (self._programs[f"train_{way}[{size}]"] for way in _WAYS)
         for layer, weights in enumerate(self._weights.blocks):
             before.append(x)
-            pairs = self._pairs(batch, layer, size)
-            x, own = forward(weights, self._traits[layer], x, rows, tiles(batch), pairs)
+            of_layer = self._pairs(batch, layer, size)
+            x, own = forward(weights, self._traits[layer], x, rows, tiles, of_layer)
             kept.append(own if batch.wants_gradient else None)
+            pairs.append(of_layer if batch.wants_gradient else None)
             x.block_until_ready()
             yield
         losses, by_x = yield from self._head(batch, np.asarray(x)[0])
@@ -178,8 +184,7 @@ class MicroBatches:
         while before:
             layer = len(before) - 1
             given = (self._weights.blocks[layer], self._traits[layer], before.pop(), rows)
-            pairs = self._pairs(batch, layer, size)
-            derivative, by_pairs = backward(*given, tiles(batch), pairs, kept.pop(), derivative)
+            derivative, by_pairs = backward(*given, tiles, pairs.pop(), kept.pop(), derivative)
             derivative.block_until_ready()
             self._hand_out(batch, layer, by_pairs, take)
             yield
@@ -216,7 +221,7 @@ class MicroBatches:
             sums = no_sums(HEAD_PLACES, x.shape[1])
             for first_id, part, num_done in self._parts:
                 sums = self._programs["train_head"](
-                    part, first_id, num_done, norm, at_places, ids, sums
+                    part, first_id, num_done, norm, at_places, ids, np.int32(len(own)), sums
                 )
                 sums.total.block_until_ready()
                 yield
@@ -276,29 +281,24 @@ def _num_adapters(size: int) -> int:
     return min(max_rows(size), MAX_ADAPTERS)
 
 
-def _layout(
-    rows: Sequence[TrainingRow], size: int
-) -> tuple[SequenceRows, Callable[[MicroBatch], TileRows], NDArray[np.int32]]:
-    """Positions and rows of all tokens, rows of all tiles, and token ids."""
+def _layout(batch: MicroBatch, size: int) -> tuple[SequenceRows, TileRows, NDArray[np.int32]]:
+    """Positions and rows of all tokens, rows and adapters of all tiles, and token ids."""
     ids, positions = np.zeros((2, 1, size), np.int32)
     sequences = np.full((1, size), -1, np.int32)
     tile_rows = np.full(size // TILE_TOKENS, max_rows(size), np.int32)
-    for number, each in enumerate(placed(rows)):
-        own = slice(each.offset, each.offset + len(each.row.token_ids))
+    # Padding names the adapter 0; nothing comes back from it.
+    tile_adapters = np.zeros_like(tile_rows)
+    num_real = 0
+    for number, each in enumerate(placed(batch.rows)):
+        num_real = each.offset + len(each.row.token_ids)
+        own = slice(each.offset, num_real)
         ids[0, own] = each.row.token_ids
         positions[0, own] = np.arange(len(each.row.token_ids))
         sequences[0, own] = number
         end = each.offset + room_of(each.row)
-        tile_rows[each.offset // TILE_TOKENS : end // TILE_TOKENS] = number
-
-    def tiles(batch: MicroBatch) -> TileRows:
-        # Padding names the adapter 0; nothing comes back from it.
-        adapters = np.array([*batch.adapter_of, *[0] * (max_rows(size) + 1)], np.int32)
-        return TileRows(jnp.asarray(tile_rows), jnp.asarray(adapters[tile_rows] * _real(tile_rows)))
-
-    def _real(numbers: NDArray[np.int32]) -> NDArray[np.int32]:
-        return (numbers < len(rows)).astype(np.int32)
-
+        of_row = slice(each.offset // TILE_TOKENS, end // TILE_TOKENS)
+        tile_rows[of_row], tile_adapters[of_row] = number, batch.adapter_of[number]
+    tiles = TileRows(*map(jnp.asarray, (tile_rows, tile_adapters, np.int32(num_real))))
     return SequenceRows(jnp.asarray(positions), jnp.asarray(sequences)), tiles, ids
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 # XLA's name of a call -> the function of the library that handles it.
 TARGETS = {
     "gemma_product": "GemmaProduct",
+    "gemma_back_product": "GemmaBackProduct",
     "gemma_block": "GemmaBlock",
 }
 INSTRUCTION_SETS = ("avx512", "avx2", "neon")

@@ -75,6 +75,7 @@ inline __m128 four_of(const Lanes& lanes) {
 
 #include "add_low_rank.h"
 #include "attend.h"
+#include "back_tiles.h"
 #include "row_functions.h"
 
 }  // namespace
@@ -86,6 +87,7 @@ namespace {
 bool is_available() { return processor().avx2_and_fma; }
 }  // namespace
 const InstructionSet kAvx2{"avx2", is_available, avx2::multiply<float>, avx2::multiply<BFloat16>,
+                             avx2::multiply_back<float>, avx2::multiply_back<BFloat16>,
                            avx2::attend,
                              avx2::add_low_rank, avx2::normalize, avx2::rotate, avx2::gate};
 }  // namespace gemma
@@ -96,6 +98,6 @@ namespace {
 bool is_available() { return false; }
 }  // namespace
 const InstructionSet kAvx2{"avx2", is_available, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr, nullptr};
+                             nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

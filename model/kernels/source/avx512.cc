@@ -68,6 +68,7 @@ inline __m128 four_of(Lanes lanes) {
 
 #include "add_low_rank.h"
 #include "attend.h"
+#include "back_tiles.h"
 #include "row_functions.h"
 
 }  // namespace
@@ -79,7 +80,8 @@ namespace {
 bool is_available() { return processor().avx512f; }
 }  // namespace
 const InstructionSet kAvx512{"avx512", is_available, avx512::multiply<float>,
-                             avx512::multiply<BFloat16>, avx512::attend,
+                             avx512::multiply<BFloat16>,
+                             avx512::multiply_back<float>, avx512::multiply_back<BFloat16>, avx512::attend,
                              avx512::add_low_rank, avx512::normalize, avx512::rotate, avx512::gate};
 }  // namespace gemma
 
@@ -89,6 +91,6 @@ namespace {
 bool is_available() { return false; }
 }  // namespace
 const InstructionSet kAvx512{"avx512", is_available, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr, nullptr};
+                             nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "back_product.h"
 #include "low_rank.h"
 #include "product.h"
 
@@ -12,6 +13,8 @@ struct InstructionSet {
   bool (*is_available)();
   void (*multiply_float32)(const Part<float>&);
   void (*multiply_bfloat16)(const Part<BFloat16>&);
+  void (*multiply_back_float32)(const BackPart<float>&);
+  void (*multiply_back_bfloat16)(const BackPart<BFloat16>&);
   void (*attend)(const AttentionPart&);
   void (*add_low_rank)(const LowRankPart&);
   // See row_functions.h.

@@ -90,6 +90,7 @@ inline void store_sums(const Lanes (&sums)[Rows][Outputs], float* y, std::int64_
 
 #include "add_low_rank.h"
 #include "attend.h"
+#include "back_tiles.h"
 #include "row_functions.h"
 
 }  // namespace
@@ -100,6 +101,7 @@ namespace {
 bool is_available() { return true; }
 }  // namespace
 const InstructionSet kNeon{"neon", is_available, neon::multiply<float>, neon::multiply<BFloat16>,
+                             neon::multiply_back<float>, neon::multiply_back<BFloat16>,
                            neon::attend,
                              neon::add_low_rank, neon::normalize, neon::rotate, neon::gate};
 }  // namespace gemma
@@ -110,6 +112,6 @@ namespace {
 bool is_available() { return false; }
 }  // namespace
 const InstructionSet kNeon{"neon", is_available, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr, nullptr};
+                             nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }  // namespace gemma
 #endif

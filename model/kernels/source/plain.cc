@@ -42,6 +42,24 @@ void multiply(const Part<Weight>& part) {
   }
 }
 
+template <typename Weight>
+void multiply_back(const BackPart<Weight>& part) {
+  for (std::int64_t row = 0; row < part.rows; ++row) {
+    for (std::int64_t place = part.begin; place < part.end; ++place) {
+      float total = 0.0f, sum = 0.0f;
+      for (std::int64_t out = 0; out < part.out_width; ++out) {
+        sum = std::fma(part.y[row * part.out_width + out],
+                       value_of(part.weight[out * part.in_width + place]), sum);
+        if ((out + 1) % kDepth == 0 || out + 1 == part.out_width) {
+          total = out < kDepth ? sum : total + sum;
+          sum = 0.0f;
+        }
+      }
+      part.x[row * part.in_width + place] = total;
+    }
+  }
+}
+
 // Sixteen partial sums that are no registers.
 struct Lanes {
   float sums[kLanes];
@@ -84,7 +102,8 @@ bool is_available() { return true; }
 
 }  // namespace
 
-const InstructionSet kPlain{"plain", is_available, multiply<float>, multiply<BFloat16>, attend,
+const InstructionSet kPlain{"plain", is_available, multiply<float>, multiply<BFloat16>,
+                             multiply_back<float>, multiply_back<BFloat16>, attend,
                              add_low_rank, normalize, rotate, gate};
 
 }  // namespace gemma
