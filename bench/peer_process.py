@@ -55,13 +55,17 @@ class PeerProcess:
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Answer:
         question = {"prompts": list(map(list, prompts)), "num_new_tokens": num_new_tokens}
+        return Answer(**self.ask(question))
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What the peer answers, whatever its script understands."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise PeerFailed(self._last_words()) from None
-        return Answer(**self._read())
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         # A peer writes a line at a time and only when asked, so nothing waits in a buffer.

@@ -163,6 +163,20 @@ def test_a_change_of_the_stream_changes_what_it_says(served):
     assert plain["text"].startswith(" the capital of the country of France.")
 
 
+def test_a_job_on_the_rows_of_the_readme_makes_a_version_that_answers(served):
+    # Two steps of twenty: what all of them teach is measured by `python -m bench.learning`.
+    command = command_with("docs/examples/river.jsonl")
+    short = command.replace('"epochs": 4', '"steps": 2')
+    assert short != command
+    job = json.loads(served.run(short))
+    assert (job["status"], job["step"], job["version"]) == ("succeeded", 2, 1)
+    asked = command_with('"gemma:river"')
+    answer = json.loads(served.run(asked))
+    assert answer["model"] == "gemma:river@1"
+    of_base = json.loads(served.run(asked.replace('"gemma:river"', '"gemma"')))
+    assert of_base["outputs"][0]["text"].startswith(" Thames")
+
+
 def test_the_service_tells_what_it_is(served):
     answer = served.run(command_with("/info"))
     assert '"preset":"gemma3_270m"' in answer
@@ -237,6 +251,8 @@ def test_no_command_of_the_readme_is_left_out():
             '"inputs"',
             '"attribution"',
             '"interventions"',
+            "docs/examples/river.jsonl",
+            '"gemma:river"',
             "/info",
             "gemma-service fetch",
             "--help",

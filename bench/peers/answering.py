@@ -23,14 +23,21 @@ def serve(generate, packages):
             that ends it early.
         packages: Whose versions to tell.
     """
+
+    def answer(question):
+        began = time.perf_counter()
+        token_ids = generate(question["prompts"], question["num_new_tokens"])
+        return {"seconds": time.perf_counter() - began, "token_ids": token_ids}
+
+    serve_questions(answer, packages)
+
+
+def serve_questions(answer, packages):
+    """The same with answers of any form: a dictionary for a dictionary."""
     answers = _take_standard_output()
     _write(answers, {"versions": {package: version(package) for package in packages}})
     for line in sys.stdin:
-        question = json.loads(line)
-        began = time.perf_counter()
-        token_ids = generate(question["prompts"], question["num_new_tokens"])
-        seconds = time.perf_counter() - began
-        _write(answers, {"seconds": seconds, "token_ids": token_ids})
+        _write(answers, answer(json.loads(line)))
 
 
 def num_threads():
