@@ -6,7 +6,7 @@ import pytest
 from model.adapter_file import read_adapter, write_adapter
 from model.finetune.optimizers import Floats
 from model.finetune.pairs import first_adapter
-from model.finetune.trainer import SlicedTrainer
+from model.finetune.trainer import SlicedTrainer, _micro_batches
 from model.lora_adapter import LoraAdapter, LoraForm
 from model.training import JobDone, StepDone, TrainingRow
 from tests import goldens
@@ -123,3 +123,11 @@ def test_five_steps_of_plain_descent_are_those_of_keras_hub(engine_of, name):
                         np.testing.assert_allclose(a, given[f"{place}.a{event.step}"], atol=1e-4)
                         np.testing.assert_allclose(b, given[f"{place}.b{event.step}"], atol=1e-4)
     np.testing.assert_allclose(np.multiply(losses, share), case["history"]["loss"], atol=1e-4)
+
+
+def test_an_estimate_counts_the_sizes_that_rows_have():
+    # Three rows of 16 places in one micro-batch of 128; one of 300 in one of 512.
+    short, long = _rows(3, 14), _rows(1, 300)
+    num_short, num_long = (sum(sum(row.is_trained) for row in rows) for rows in (short, long))
+    assert _micro_batches(short) == [(128, num_short)]
+    assert _micro_batches([*short, *long]) == [(128, num_short), (512, num_long)]
