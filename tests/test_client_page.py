@@ -1,6 +1,7 @@
-"""docs/client.md and the notebook are run, from top to bottom, against a service.
+"""docs/client.md and its notebook are run, from top to bottom, against a service.
 
 Only the port differs. The service adds numbers, so it answers prompts without numbers with nothing.
+What trains is run by `tests.test_finetune_page`.
 """
 
 import json
@@ -17,7 +18,7 @@ from tests.service_process import ServiceProcess, running_service
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "client.md").read_text()
-NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+NOTEBOOK = ROOT / "docs" / "notebooks" / "client.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,8 @@ def test_every_example_of_the_page_runs(service, tmp_path):
     assert done.stdout.endswith("\nok\n")
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
-def test_every_cell_of_a_notebook_runs(service, tmp_path, notebook):
-    done = run("\n\n".join(cells(notebook)), service, tmp_path)
+def test_every_cell_of_the_notebook_runs(service, tmp_path):
+    done = run("\n\n".join(cells(NOTEBOOK)), service, tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout
