@@ -1,8 +1,8 @@
 """Whether a job teaches what the base does not know: ``python -m bench.learning``.
 
 The job of the README, on the real model and over HTTP. Asked are prompts that are not among the
-rows, of the adapter and, before and after the job, of the base, which is to keep every bit; and what
-the adapter makes of text that has nothing to do with the rows. Prints Markdown.
+rows, of the adapter and, before and after the job, of the base, which is to keep every bit; and
+what the adapter makes of text that has nothing to do with the rows. Prints Markdown.
 """
 
 import json
