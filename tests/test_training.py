@@ -58,7 +58,9 @@ def test_jobs_that_share_micro_batches_end_with_the_bits_that_they_have_alone(en
     assert [job for job in alone if alone[job] != together[job]] == []
 
 
-def test_a_job_that_is_stopped_after_every_step_ends_with_the_same_bits(engine):
+def test_a_job_that_is_stopped_after_every_step_ends_with_the_same_bits(engine, monkeypatch):
+    # A slice is one piece, so that none of them is a whole step.
+    monkeypatch.setattr("model.finetune.trainer._SLICE_SECONDS", 1e-4)
     trainer, plan = engine.trainer, PLANS[1]
     [whole] = trained(trainer, plan).values()
     kept = None
@@ -127,7 +129,7 @@ def test_five_steps_of_plain_descent_are_those_of_keras_hub(engine_of, name):
 
 def test_an_estimate_counts_the_sizes_that_rows_have():
     # Three rows of 16 places in one micro-batch of 128; one of 300 in one of 512.
-    short, long = _rows(3, 14), _rows(1, 300)
+    short, long = rows_of(3, 14), rows_of(1, 300)
     num_short, num_long = (sum(sum(row.is_trained) for row in rows) for rows in (short, long))
     assert _micro_batches(short) == [(128, num_short)]
     assert _micro_batches([*short, *long]) == [(128, num_short), (512, num_long)]

@@ -338,7 +338,7 @@ def test_a_slice_that_raises_ends_the_jobs_that_were_in_it_and_the_worker_goes_o
         bad = prepare("a", *ROWS, IdsRow((0, RAISE)), steps=50)
         worker.send(bad, prepare("b", *ROWS, steps=10_000))
         worker.wait(JobPrepared, lambda event: event.job_id == "b")
-        worker.send(*(StartJob(each, str(tmp_path / each), 0) for each in "ab"))
+        worker.send(*(StartJob(each, str(tmp_path / each), 0, MAX_STEPS) for each in "ab"))
         ends = {event.job_id: event for event in (worker.wait(JobEnded), worker.wait(JobEnded))}
         assert {(end.end, end.code) for end in ends.values()} == {("failed", "internal")}
         assert first_token(worker, "r", None) == 3
@@ -351,7 +351,7 @@ def test_a_job_that_cannot_begin_fails_and_no_other(tmp_path):
     with running_worker() as worker:
         worker.send(prepare("a", IdsRow((0, RAISE_AT_BEGIN))), prepare("b", *ROWS, steps=3))
         worker.wait(JobPrepared, lambda event: event.job_id == "b")
-        worker.send(*(StartJob(each, str(tmp_path / each), 0) for each in "ab"))
+        worker.send(*(StartJob(each, str(tmp_path / each), 0, MAX_STEPS) for each in "ab"))
         ends = {event.job_id: event for event in (worker.wait(JobEnded), worker.wait(JobEnded))}
         assert (ends["a"].end, ends["a"].code) == ("failed", "internal")
         assert ends["b"].end == "succeeded"
