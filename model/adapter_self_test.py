@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from model.errors import SelfTestFailed
+from model.self_test_report import REPORT, machine_of
 from model.slots import (
     MAX_LOGPROBS,
     DecodeRow,
@@ -31,8 +32,6 @@ from model.slots import (
 _MAX_ADAPTERS = 3
 _PROMPT_TOKENS = 19
 _GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
-
-_REPORT = "please report this line with the model and the processor."
 
 
 @runtime_checkable
@@ -162,6 +161,6 @@ def _bits(token: SampledToken) -> bytes:
 
 def _failure(info: EngineInfo, what: str) -> SelfTestFailed:
     return SelfTestFailed(
-        f"Other bits for {what} on this machine ({info.backend}, {info.device}), so answers would "
-        f"depend on what else runs. Serve with --adapter-slots 0, which does without, and {_REPORT}"
+        f"Other bits for {what} on {machine_of(info)}, so answers would depend on what else runs. "
+        f"Serve with --adapter-slots 0, which does without, and {REPORT}"
     )

@@ -71,6 +71,7 @@ from model.slots import (
     TextCodec,
 )
 from model.tokenizer import Tokenizer
+from model.training_self_test import compare_training
 from model.weight_names import num_parameters
 
 _logger = logging.getLogger(__name__)
@@ -286,6 +287,9 @@ class GemmaEngine:
         if self._self_test is None:
             passed = compare_bits(self)
             num_compared = passed.num_comparisons + compare_scores(self)
+            if self._batches is not None:
+                one_block = self._batches.of_one_block()
+                num_compared += compare_training(self.info, self._config, one_block)
             self._self_test = replace(passed, num_comparisons=num_compared)
             keep_result(programs_dir, claim, self._self_test)
         self._warm_up()

@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from model.errors import SelfTestFailed
+from model.self_test_report import REPORT, machine_of
 from model.slots import DecodeRow, Dispatch, EngineInfo, PromptChunk
 
 _PROMPT_TOKENS = 100
-_REPORT = "please report this line with the model and the processor."
 
 # What one step gives each row, and leaves in its slot.
 StepBits = Callable[[Dispatch, Sequence[DecodeRow]], list[bytes]]
@@ -78,6 +78,6 @@ def compare_joined(
 
 def _failure(info: EngineInfo, what: str) -> SelfTestFailed:
     return SelfTestFailed(
-        f"{what} on this machine ({info.backend}, {info.device}), so answers would depend on what "
-        f"they cannot see. Serve with --kernels xla, and {_REPORT}"
+        f"{what} on {machine_of(info)}, so answers would depend on what they cannot see. "
+        f"Serve with --kernels xla, and {REPORT}"
     )

@@ -15,6 +15,7 @@ import numpy as np
 from model.errors import SelfTestFailed
 from model.intervention_slots import Intervention, Touch
 from model.score_slots import HEAD_ROWS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.self_test_report import REPORT, machine_of
 from model.slots import MAX_LOGPROBS, EngineInfo
 
 # A prime: its multiples spread over a vocabulary of any size.
@@ -23,7 +24,7 @@ _CONTEXT_TOKENS = 21
 # More than a tile of queries, and no multiple of one.
 _CONTINUATION_TOKENS = 11
 
-_REPORT = "No setting avoids it; please report this line with the model and the processor."
+_NO_SETTING = f"No setting avoids it; {REPORT}"
 
 
 @runtime_checkable
@@ -61,7 +62,7 @@ def compare_scores(subject: ScoreSubject) -> int:
             if found.tobytes() != alone[place].tobytes():
                 raise SelfTestFailed(
                     f"Token {start + place} of a text that is scored gets other bits among "
-                    f"{len(company)} than alone on {_machine(info)}. {_REPORT}"
+                    f"{len(company)} than alone on {machine_of(info)}. {_NO_SETTING}"
                 )
     return 3 * length + _compare_head(subject, alone)
 
@@ -84,7 +85,7 @@ def _compare_head(subject: ScoreSubject, residuals: Sequence[Residual]) -> int:
         if [*map(_bits, alone)] != [*map(_bits, found)]:
             raise SelfTestFailed(
                 f"A token that is scored gets other bits among {HEAD_ROWS} than alone on "
-                f"{_machine(subject.info)}. {_REPORT}"
+                f"{machine_of(subject.info)}. {_NO_SETTING}"
             )
     return HEAD_ROWS
 
@@ -114,7 +115,3 @@ def _bits(score: PlaceScore) -> bytes:
         np.array([score.is_finite, *ids], np.int64).tobytes()
         + np.array(logprobs, np.float32).tobytes()
     )
-
-
-def _machine(info: EngineInfo) -> str:
-    return f"this machine ({info.backend}, {info.device})"

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 
 from model.errors import SelfTestFailed
 from model.search_slots import Beam, BeamStep, CandidateStep, Choice, Extension, SearchRules
+from model.self_test_report import REPORT, machine_of
 from model.slots import MAX_LOGPROBS, EngineInfo, SampledToken
 
 _RULES = SearchRules(num_logprobs=MAX_LOGPROBS)
@@ -120,7 +121,6 @@ def _failure(info: EngineInfo, what: str, count: int) -> SelfTestFailed:
     # The program of eight rows is only there for more than four slots, that of four for two.
     num_slots = 4 if count > 4 else 1
     return SelfTestFailed(
-        f"A row of a search gets other bits {what} on this machine ({info.backend}, {info.device}),"
-        f" so answers would depend on what else runs. Serve with --slots {num_slots}, which does "
-        "without, and please report this line with the model and the processor."
+        f"A row of a search gets other bits {what} on {machine_of(info)}, so answers would depend "
+        f"on what else runs. Serve with --slots {num_slots}, which does without, and {REPORT}"
     )

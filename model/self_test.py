@@ -3,8 +3,8 @@
 The programs are written so that they cannot (`model.gemma.padded_rows`, `model.gemma.attention`),
 but that rests on what XLA makes of a product on a kind of processor. So an engine is tried before
 its first request, on its own slots; what they hold afterwards is never seen. Three claims
-here, two more each in `model.search_self_test`, `model.adapter_self_test` and
-`model.joined_self_test`:
+here, two more each in `model.search_self_test`, `model.adapter_self_test`, `model.score_self_test`
+and `model.joined_self_test`, one in `model.training_self_test`:
 
 * a chunk program gives a position of a prompt the same keys and values in any slot, whatever stood
   there, and whatever else is in the chunk: tokens, padding or other prompts;
@@ -31,6 +31,7 @@ from model.gemma.kv_cache import LayerCache
 from model.intervention_slots import Intervention, StepIntervention
 from model.joined_self_test import JoinedSubject, compare_joined
 from model.search_self_test import SearchSubject, compare_searches
+from model.self_test_report import REPORT, machine_of
 from model.slots import (
     MAX_LOGPROBS,
     DecodeRow,
@@ -55,8 +56,6 @@ _SAMPLINGS = (
 )
 
 _MAX_POSITIONS = 32
-
-_REPORT = "please report this line with the model and the processor."
 
 KeysAndValues = Float32[np.ndarray, "arrays kv_heads head_dim"]
 
@@ -176,8 +175,8 @@ def _compare_second_block(subject: Subject, token_ids: Sequence[int], num_held: 
 def _other_bits(info: EngineInfo, position: int, count: str, other: str) -> str:
     return (
         f"Position {position} of a prompt gets other bits among {count} tokens than among {other} "
-        f"on {_machine(info)}, so answers would depend on what they cannot see. "
-        f"No setting avoids it; {_REPORT}"
+        f"on {machine_of(info)}, so answers would depend on what they cannot see. "
+        f"No setting avoids it; {REPORT}"
     )
 
 
@@ -202,7 +201,7 @@ def _compare_copy(subject: Subject, num_held: list[int]) -> int:
         if _held_bits(subject, 0, position) != _held_bits(subject, 1, position):
             raise SelfTestFailed(
                 f"Position {position} of a prompt has other bits in a copy on "
-                f"{_machine(subject.info)}. No setting avoids it; {_REPORT}"
+                f"{machine_of(subject.info)}. No setting avoids it; {REPORT}"
             )
     return len(positions)
 
@@ -227,7 +226,7 @@ def _compare_rows(subject: Subject, token_ids: Sequence[int], num_held: Sequence
             if bits != alone[row.slot]:
                 raise SelfTestFailed(
                     f"A row gets other bits among {count} (at place {place}, position "
-                    f"{row.position}) than alone on {_machine(subject.info)}, so answers would "
+                    f"{row.position}) than alone on {machine_of(subject.info)}, so answers would "
                     f"depend on what else runs. {_remedy(subject.info, count)}"
                 )
             num_compared += 1
@@ -320,9 +319,5 @@ def _remedy(info: EngineInfo, count: int) -> str:
     program = next(rows for rows in info.buckets["decode_rows"] if rows >= count)
     agreed = [rows for rows in info.buckets["decode_rows"] if rows < program]
     if not agreed:
-        return f"No number of slots avoids it; {_REPORT}"
-    return f"Serve with --slots {agreed[-1]}, which gave equal bits, and {_REPORT}"
-
-
-def _machine(info: EngineInfo) -> str:
-    return f"this machine ({info.backend}, {info.device})"
+        return f"No number of slots avoids it; {REPORT}"
+    return f"Serve with --slots {agreed[-1]}, which gave equal bits, and {REPORT}"

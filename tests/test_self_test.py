@@ -36,6 +36,8 @@ CHUNKS = (64, 128, 256)
 PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7 + 7 * (3 + 3) + 2 * 4)
 # A continuation of 11 tokens in three companies, and a full batch of the head.
 NUM_SCORES = 3 * 11 + 32
+# Of three rows the losses of 15, 10 and 7 tokens, and of each the A and B of seven projections.
+NUM_TRAINED = 15 + 10 + 7 + 3 * 2 * 7
 KERNELS = "avx2 of-these-sources.so"
 
 
@@ -326,7 +328,7 @@ def test_the_programs_of_every_family_pass_and_info_says_so(name, kernels, engin
     rows = passed(kernels)
     assert compare_bits(engine) == rows
     assert compare_scores(engine) == NUM_SCORES
-    num_compared = rows.num_comparisons + NUM_SCORES
+    num_compared = rows.num_comparisons + NUM_SCORES + NUM_TRAINED
     assert engine.info.self_test == replace(rows, num_comparisons=num_compared)
 
 
@@ -512,7 +514,7 @@ def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
     shown = asyncio.run(ops.info(state)).model_dump()["self_test"]
     assert shown == {
         "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS],
-        "comparisons": PASSED.num_comparisons + NUM_SCORES,
+        "comparisons": PASSED.num_comparisons + NUM_SCORES + NUM_TRAINED,
     }  # fmt: skip
     view.info = server_info(replace(engine.info, self_test=None))
     assert asyncio.run(ops.info(state)).self_test is None

@@ -141,6 +141,17 @@ class MicroBatches:
         given_loss = (self._weights.embeddings, norm, x, ids, sums)
         yield ProgramSpec("train_loss", loss, given_loss)
 
+    def of_one_block(self) -> "MicroBatches":
+        """The same programs on the first block alone, for the self-test."""
+        return MicroBatches(
+            self._config,
+            self._weights._replace(blocks=self._weights.blocks[:1]),
+            self._traits[:1],
+            self._programs,
+            max_rank=self._max_rank,
+            is_native=self._is_native,
+        )
+
     def warm_up(self, size: int, adapter: Adapter) -> tuple[float, float]:
         """Runs every program of a size; seconds of all blocks there and back, and of the head.
 
