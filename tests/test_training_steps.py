@@ -156,6 +156,23 @@ def test_an_estimate_of_a_million_steps_counts_all_of_them_at_once(engine):
     assert estimate.num_tokens == 30_303 * in_epoch + of_last
 
 
+def test_an_estimate_has_the_time_of_every_measurement(engine):
+    def measuring(num_steps, rows):
+        plan = plan_of("a", num_steps=num_steps, validation=rows)
+        without = plan_of("a", num_steps=num_steps)
+        both = engine.trainer.estimate(plan), engine.trainer.estimate(without)
+        assert both[0].num_tokens == both[1].num_tokens
+        return both[0].seconds - both[1].seconds
+
+    # Two steps an epoch. Eight rows of sixteen tokens fill a micro-batch.
+    rows = (row(16),) * 8
+    once = measuring(2, rows) / 2
+    assert once > 0
+    assert measuring(1, rows) == pytest.approx(2 * once)
+    assert measuring(5, rows) == pytest.approx(4 * once)
+    assert measuring(4, rows * 3) == pytest.approx(3 * 3 * once)
+
+
 def test_the_steps_of_a_job_tell_what_the_estimate_counted(engine):
     plan = plan_of("a", rows=rows_of(5, 20), batch_size=2, num_steps=6, schedule="linear")
     events, _ = events_of(engine.trainer, plan)

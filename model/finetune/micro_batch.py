@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,14 @@ class MicroBatch:
         """Of the program."""
         [size] = set(map(size_of, self.rows))
         return size
+
+
+class RunSeconds(NamedTuple):
+    """How long the programs of one size take: all blocks one way each, and a group of places."""
+
+    forward: float
+    backward: float
+    head: float
 
 
 class MicroBatches:
@@ -152,8 +160,8 @@ class MicroBatches:
             is_native=self._is_native,
         )
 
-    def warm_up(self, size: int, adapter: Adapter) -> tuple[float, float]:
-        """Runs every program of a size; seconds of all blocks there and back, and of the head.
+    def warm_up(self, size: int, adapter: Adapter) -> RunSeconds:
+        """Runs every program of a size.
 
         One block is run for all: they share their programs. The second run is timed, as the first
         one also makes room.
@@ -166,12 +174,16 @@ class MicroBatches:
         given = (self._weights.blocks[0], self._traits[0], x, rows, tiles, pairs)
         for _ in range(2):
             began = time.monotonic()
-            after, kept = forward(*given)
+            after, kept = jax.block_until_ready(forward(*given))
+            is_there = time.monotonic()
             jax.block_until_ready(backward(*given, kept, after))
-            there_and_back = time.monotonic() - began
+            is_back = time.monotonic()
         for _ in self._head(batch, np.asarray(x)[0]):
             pass
-        return there_and_back * len(self._weights.blocks), time.monotonic() - began - there_and_back
+        count = len(self._weights.blocks)
+        return RunSeconds(
+            (is_there - began) * count, (is_back - is_there) * count, time.monotonic() - is_back
+        )
 
     def run(self, batch: MicroBatch, take: TakeGradient) -> Generator[None, None, Losses]:
         """Losses of every row; derivatives go to ``take``. Yields after each piece."""

@@ -50,6 +50,11 @@ def rows_of_step(plan: TrainingPlan, step: int) -> list[int]:
     return [int(index) for index in order[first : first + plan.batch_size]]
 
 
+def num_measured(plan: TrainingPlan) -> int:
+    """How often the validation rows are: before the first step, after each epoch, at the end."""
+    return 1 + -(-plan.num_steps // steps_per_epoch(plan))
+
+
 def num_tokens_of(plan: TrainingPlan) -> int:
     """Of all steps. Whole epochs are not looked at one by one: there may be a million steps."""
     num_epochs, num_more = divmod(plan.num_steps, steps_per_epoch(plan))

@@ -18,12 +18,20 @@ from model.config import GemmaConfig
 from model.errors import AdapterUnfit, PresetFileInvalid
 from model.finetune.checkpoint import read_checkpoint, write_checkpoint
 from model.finetune.job import Job, RowWork
-from model.finetune.micro_batch import HEAD_PLACES, ByHead, Losses, MicroBatch, MicroBatches
+from model.finetune.micro_batch import (
+    HEAD_PLACES,
+    ByHead,
+    Losses,
+    MicroBatch,
+    MicroBatches,
+    RunSeconds,
+)
 from model.finetune.optimizers import AdamW, Optimizer
 from model.finetune.pairs import first_adapter, named
 from model.finetune.row_order import (
     MAX_ADAPTERS,
     MICRO_BATCH_TOKENS,
+    num_measured,
     num_tokens_of,
     room_of,
     rows_of_step,
@@ -79,9 +87,7 @@ class SlicedTrainer:
         self._events: list[TrainingEvent] = []
         self._running: Generator[None, None, None] | None = None
         self._chosen: Chosen = []
-        # Of a micro-batch through all blocks and back, and of a group of places in the head.
-        self._seconds = dict.fromkeys(MICRO_BATCH_TOKENS, 0.0)
-        self._head_seconds = 0.0
+        self._seconds = dict.fromkeys(MICRO_BATCH_TOKENS, RunSeconds(0.0, 0.0, 0.0))
 
     @property
     def num_jobs(self) -> int:
@@ -93,7 +99,7 @@ class SlicedTrainer:
         form = LoraForm("keras", 1, 1.0, ("query",))
         adapter = first_adapter(self._config, form, 0).for_bank(self._config)
         for size in MICRO_BATCH_TOKENS:
-            self._seconds[size], self._head_seconds = self._batches.warm_up(size, adapter)
+            self._seconds[size] = self._batches.warm_up(size, adapter)
 
     def estimate(self, plan: TrainingPlan) -> TrainingEstimate:
         """From steps at the beginning, each by itself."""
@@ -101,13 +107,22 @@ class SlicedTrainer:
         for step in range(1, min(plan.num_steps, _ESTIMATED_STEPS) + 1):
             rows = [plan.rows[index] for index in rows_of_step(plan, step)]
             seen += sum(len(row.token_ids) for row in rows)
-            for size, num_trained in _micro_batches(rows):
-                padded += size
-                num_groups = -(-num_trained // HEAD_PLACES)
-                seconds += self._seconds[size] + num_groups * self._head_seconds
+            padded += sum(size for size, _ in _micro_batches(rows))
+            seconds += self._seconds_of(rows, goes_back=True)
         num_tokens = num_tokens_of(plan)
         scale = num_tokens / max(seen, 1)
-        return TrainingEstimate(num_tokens, round(padded * scale), seconds * scale)
+        measuring = self._seconds_of(plan.validation, goes_back=False) * num_measured(plan)
+        return TrainingEstimate(num_tokens, round(padded * scale), seconds * scale + measuring)
+
+    def _seconds_of(self, rows: Sequence[TrainingRow], *, goes_back: bool) -> float:
+        """Of rows that share with nobody."""
+        seconds = 0.0
+        for size, num_trained in _micro_batches(rows):
+            own = self._seconds[size]
+            seconds += own.forward + -(-num_trained // HEAD_PLACES) * own.head
+            if goes_back:
+                seconds += own.backward
+        return seconds
 
     def begin(self, plan: TrainingPlan, checkpoint: bytes | None = None) -> int:
         """Takes a job in; see `model.training.Trainer`."""
