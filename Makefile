@@ -49,7 +49,7 @@ test: static $(KERNELS) ## everything CI runs: import contracts, types, tests (A
 
 nightly: $(KERNELS) ## long campaigns: answers in company against alone, compilations in a fuzz
 	$(INSTALL_COMPILER)
-	GEMMA_NIGHTLY=1 GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_CAMPAIGN_REAL_ANSWERS=500 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py tests/test_kernel_build.py tests/test_self_test.py $(ARGS)
+	GEMMA_NIGHTLY=1 GEMMA_CAMPAIGN_ANSWERS=20000 GEMMA_CAMPAIGN_REAL_ANSWERS=500 GEMMA_CAMPAIGN_KILLS=3 GEMMA_FUZZ_REQUESTS=2000 $(BIN)/pytest --timeout 4800 tests/test_company.py tests/test_compilations.py tests/test_kernel_build.py tests/test_self_test.py tests/test_service_training.py $(ARGS)
 
 bench: $(KERNELS) ## measure the engine beside other implementations, in 40 minutes (ARGS="--quick")
 	$(BIN)/python -m bench $(ARGS)
