@@ -54,6 +54,9 @@ _OPERATIONS = (_GENERATE, _SCORE, _FINETUNE)
 # Of jobs that have not ended.
 _JOB_STATES = ("queued", "running", "paused")
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
+_ROW_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+# Of versions: in the bank, in the worker's memory, in a file.
+ADAPTER_STATES = ("resident", "host", "disk")
 _BASE = "base"
 # Names come and go, so that a label for each would have no end.
 _ADAPTER = "adapter"
@@ -144,8 +147,11 @@ class Metrics:
             ("phase",),
             registry=registry,
         )
-        self.adapters_resident = Gauge(
-            "gemma_adapters_resident", "Adapters that have a slot in the bank.", registry=registry
+        self.adapters = Gauge(
+            "gemma_adapters",
+            "Versions of adapters by where they are.",
+            ("state",),
+            registry=registry,
         )
         self.adapter_loads = Counter(
             "gemma_adapter_loads", "Adapters written into the bank.", registry=registry
@@ -155,12 +161,6 @@ class Metrics:
         )
         self.train_share = Gauge(
             "gemma_train_share_ratio", "Share of the worker's time for training.", registry=registry
-        )
-        self.adapter_versions = Gauge(
-            "gemma_adapter_versions",
-            "Versions of adapters that can be asked for.",
-            ("place",),
-            registry=registry,
         )
         self.adapter_publish = Histogram(
             "gemma_adapter_publish_seconds",
@@ -182,6 +182,12 @@ class Metrics:
             "gemma_train_step_seconds",
             "Of one step of a job.",
             buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self.train_rows = Histogram(
+            "gemma_train_rows_per_step",
+            "Rows of one step of a job.",
+            buckets=_ROW_BUCKETS,
             registry=registry,
         )
         self.heartbeat_age = Gauge(
@@ -225,8 +231,8 @@ class Metrics:
             self.successes.labels(_FINETUNE, reason)
         for state in _JOB_STATES:
             self.train_jobs.labels(state)
-        for place in ("memory", "disk"):
-            self.adapter_versions.labels(place)
+        for state in ADAPTER_STATES:
+            self.adapters.labels(state)
         for reason in ("disconnect", "stalled", "api", "timeout"):
             self.cancelled.labels(reason)
         for streaming in ("true", "false"):
@@ -369,8 +375,9 @@ class TrainingMeter:
         self._metrics.requests_running.labels(_FINETUNE).set(statuses.count("running"))
         self._metrics.requests_waiting.labels(_FINETUNE).set(statuses.count("queued"))
 
-    def step(self, num_tokens: int, tokens_per_second: float) -> None:
+    def step(self, num_rows: int, num_tokens: int, tokens_per_second: float) -> None:
         """A job has made one."""
+        self._metrics.train_rows.observe(num_rows)
         self._metrics.train_steps.inc()
         self._metrics.train_tokens.inc(num_tokens)
         if tokens_per_second > 0:

@@ -137,10 +137,10 @@ class Service:
         waiting = heartbeat.num_scores_waiting if heartbeat else 0
         metrics.requests_waiting.labels("score").set(waiting)
         resident = heartbeat.adapters.num_resident if heartbeat else 0
-        metrics.adapters_resident.set(resident)
-        places = ["memory" if each.path is None else "disk" for each in self._adapters.versions]
-        for place in ("memory", "disk"):
-            metrics.adapter_versions.labels(place).set(places.count(place))
+        metrics.adapters.labels("resident").set(resident)
+        places = ["host" if each.path is None else "disk" for each in self._adapters.versions]
+        for place in ("host", "disk"):
+            metrics.adapters.labels(place).set(places.count(place))
         metrics.queue_tokens.set(heartbeat.num_waiting_tokens if heartbeat else 0)
 
     async def drain(self, timeout_seconds: float) -> None:

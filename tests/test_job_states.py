@@ -32,7 +32,7 @@ RECORD = JobRecord(
     seconds=1.0,
     created=0.0,
 )
-STEPS = strategies.integers(1, 5).map(lambda n: JobStep("ft_1", n, 1.0, 1e-3, 1.0, 3, 9.0, 0))
+STEPS = strategies.integers(1, 5).map(lambda n: JobStep("ft_1", n, 1.0, 1e-3, 1.0, 3, 9.0, 0, 2))
 EVALS = strategies.integers(0, 5).map(lambda n: JobEval("ft_1", n, 2.0))
 HAPPENINGS = strategies.lists(STEPS | EVALS | strategies.sampled_from(sorted(LEGAL)), max_size=30)
 

@@ -143,7 +143,7 @@ def test_what_finds_no_slot_in_the_bank_waits_until_one_is_free(tmp_path):
         assert first_tokens[0]["data"]["token_ids"][0] == 11
         assert second_token["data"]["token_ids"] == [21]
         assert eventually(lambda: service.metric(EVICTIONS) >= 1)
-        assert eventually(lambda: service.metric("gemma_adapters_resident") == 1)
+        assert eventually(lambda: service.metric('gemma_adapters{state="resident"}') == 1)
 
 
 def test_those_behind_one_that_waits_for_a_slot_of_the_bank_are_served(tmp_path):

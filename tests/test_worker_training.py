@@ -160,6 +160,14 @@ def test_a_job_killed_at_three_moments_ends_with_the_bytes_of_one_that_was_not(t
     assert resumed_at == sorted(set(resumed_at)), "each goes on from a later checkpoint"
 
 
+def test_a_step_says_how_many_rows_it_had(tmp_path):
+    # Seven rows, three a step: two whole steps and what is left.
+    command = prepare("a", *ROWS, steps=7, batch_size=3)
+    with running_worker() as worker:
+        trained(worker, command, tmp_path / "a")
+        assert [each.num_rows for each in worker.events_of(JobStep)] == [3, 3, 1, 3, 3, 1, 3]
+
+
 def test_what_a_step_led_to_is_told_again_from_the_last_step_that_is_remembered(tmp_path):
     command = prepare("a", *ROWS, steps=9, validation=(IdsRow((0, 5)),))
     # Seven rows, two a step: an epoch ends with steps 4 and 8.

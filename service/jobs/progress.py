@@ -144,7 +144,7 @@ class Progress:
 
         records, new = await self._store.write(change)
         for told in new:
-            self._open.meter.step(told.num_tokens, told.tokens_per_second)
+            self._open.meter.step(told.num_rows, told.num_tokens, told.tokens_per_second)
         for record in records.values():
             self._open.note(record)
 

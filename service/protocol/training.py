@@ -237,7 +237,7 @@ class JobRefused(Message, frozen=True):
 
 
 class JobStep(Message, frozen=True):
-    """A step is done; see `model.training.StepDone`."""
+    """A step is done; see `model.training.StepDone`. ``num_rows`` are the job's own."""
 
     job_id: str
     step: int
@@ -247,6 +247,7 @@ class JobStep(Message, frozen=True):
     num_tokens: int
     tokens_per_second: float
     rows_shared: int
+    num_rows: int
 
 
 class JobEval(Message, frozen=True):

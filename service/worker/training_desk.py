@@ -292,6 +292,7 @@ class TrainingDesk:
                 num_tokens=done.num_tokens,
                 tokens_per_second=done.num_tokens / done.seconds if done.seconds > 0 else 0.0,
                 rows_shared=done.rows_shared,
+                num_rows=_num_rows(job, done.step),
             )
         ]
         if job.publishes_now:
@@ -379,6 +380,14 @@ class TrainingDesk:
         assert job.end is not None, "it is over"
         del self._jobs[job.plan.job]
         return [job.end]
+
+
+def _num_rows(job: _Job, step: int) -> int:
+    """Of one step: a batch, or what is left of an epoch."""
+    plan = job.plan
+    num_steps_of_epoch = -(-len(plan.rows) // plan.batch_size)
+    first = (step - 1) % num_steps_of_epoch * plan.batch_size
+    return min(plan.batch_size, len(plan.rows) - first)
 
 
 def _padding(job: _Job, step: int) -> int:

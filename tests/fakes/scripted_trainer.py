@@ -38,6 +38,7 @@ from service.protocol.training import (
 )
 
 NUM_TOKENS = 7
+NUM_ROWS = 3
 FORM = Form("peft", 4, 8.0, ("query",))
 
 
@@ -131,7 +132,7 @@ class ScriptedTrainer:
         for _ in range(num_steps):
             self.steps[job_id] += 1
             step = self.steps[job_id]
-            told = JobStep(job_id, step, 10.0 - step, 1e-3, 0.5, NUM_TOKENS, 70.0, 0)
+            told = JobStep(job_id, step, 10.0 - step, 1e-3, 0.5, NUM_TOKENS, 70.0, 0, NUM_ROWS)
             self.deliver(told)
             is_last = step == last
             if command.validation and is_last:
