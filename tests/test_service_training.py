@@ -260,7 +260,9 @@ def test_a_stream_keeps_its_version_when_another_is_promoted_and_its_own_deleted
     assert tokens == mine["token_ids"]
 
 
-def test_a_full_disk_pauses_a_job_which_goes_on_when_there_is_room(tmp_path, cache_dir, alone):
+def test_neither_a_full_disk_nor_kills_change_a_byte_of_what_a_job_ends_with(
+    tmp_path, cache_dir, alone
+):
     options = ["--checkpoint-seconds=0"]
     with tiny_service(tmp_path, cache_dir, *options) as service:
         worker = service.worker().pid

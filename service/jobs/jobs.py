@@ -285,8 +285,9 @@ class Jobs:
 
     async def halt(self) -> None:
         """Nothing trains any more; returns when everything that was done lasts."""
-        with contextlib.suppress(ServiceError):  # no worker, so nothing trains
-            await self._calls.halt()
+        if self._open.by_id:
+            with contextlib.suppress(ServiceError):  # no worker, so nothing trains
+                await self._calls.halt()
         await self._progress.settled()
         await self._versions.settled()
         await self._progress.settled()
