@@ -12,6 +12,7 @@ All on `gemma3_270m`, each part on whom it compares in turns within one run; pri
 
 import argparse
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def measure_together(quick: bool) -> list[str]:
             f"| {batch_size} | {apart:.1f} | {together:.1f} | {apart / together:.2f} × "
             f"| {_ASKED_TOGETHER[batch_size]:.1f} × |"
         )
+        stage(lines[-1])
     return lines
 
 
@@ -102,6 +104,7 @@ def measure_peft(quick: bool) -> list[str]:
                     f"| {batch_size} × {num_tokens} | {own:.0f} | {other:.0f} "
                     f"| {own / other:.2f} × |"
                 )
+                stage(lines[-1])
     return [*lines, "", ", ".join(f"{name} {version}" for name, version in versions.items())]
 
 
@@ -118,15 +121,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds")
     arguments = parser.parse_args()
     quick: bool = arguments.quick
+    # Ended from outside it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     with Services() as services:
-        url = partial(services.for_streams, 4)
+        service = partial(services.for_streams, 4)
         parts: dict[str, Callable[[], list[str]]] = {
             "together": partial(measure_together, quick),
             "peft": partial(measure_peft, quick),
-            "memory": lambda: measure_memory(url()),
-            "service": lambda: measure_service(url(), _bare_steps, quick),
-            "version": lambda: measure_version(url(), quick),
-            "serving": lambda: measure_serving(url(), quick),
+            "memory": lambda: measure_memory(service()),
+            "service": lambda: measure_service(service(), _bare_steps, quick),
+            "version": lambda: measure_version(service(), quick),
+            "serving": lambda: measure_serving(service(), quick),
         }
         chosen = arguments.only.split(",") if arguments.only else list(parts)
         for name in chosen:

@@ -20,6 +20,7 @@
 namespace {
 
 using gemma::AttentionPart;
+using gemma::BackPart;
 using gemma::BFloat16;
 using gemma::Buffer;
 using gemma::InstructionSet;
@@ -42,12 +43,12 @@ class Fuzz {
     for (char*& page : pages_) page = untouchable();
   }
 
-  // One product of each kind of weight, one attention, one row and one low-rank addition, and now and
+  // One product of each kind of weight there and back, one attention, one row and one low-rank addition, and now and
   // then a block.
   bool agrees() {
     use_pages_ = up_to(1) == 1;
-    return product_agrees<float>() && product_agrees<BFloat16>() && attention_agrees() &&
-           rows_agree() && low_rank_agrees() && (up_to(9) != 0 || block_agrees());
+    return product_agrees<float>() && product_agrees<BFloat16>() && back_agrees<float>() &&
+           back_agrees<BFloat16>() && attention_agrees() && rows_agree() && low_rank_agrees() && (up_to(9) != 0 || block_agrees());
   }
 
  private:
@@ -299,6 +300,44 @@ class Fuzz {
       }
     }
     return true;
+  }
+
+  template <typename Weight>
+  bool back_agrees() {
+    const std::int64_t rows = 1 + up_to(9), in_width = 1 + up_to(120),
+                       out_width = 1 + up_to(up_to(9) == 0 ? 600 : 20), begin = up_to(in_width - 1),
+                       end = begin + 1 + up_to(in_width - begin - 1), numbers = rows * in_width;
+    const Buffer y = buffer<float>(rows * out_width, 0);
+    const Buffer weight = buffer<Weight>(out_width * in_width, 1);
+    fill(y.of<float>(), rows * out_width);
+    fill(weight.of<Weight>(), out_width * in_width);
+    std::vector<float> before(static_cast<std::size_t>(numbers));
+    fill(before.data(), numbers);
+    const auto back = [&](const InstructionSet& set, const Buffer& x) {
+      std::memcpy(x.of<float>(), before.data(), before.size() * sizeof(float));
+      multiply_back(set, {y.of<float>(), weight.of<Weight>(), x.of<float>(), rows, in_width,
+                          out_width, begin, end});
+    };
+    const Buffer expected = buffer<float>(numbers, 2);
+    back(gemma::kPlain, expected);
+    for (const InstructionSet* set : available()) {
+      const Buffer x = buffer<float>(numbers, 3);
+      back(*set, x);
+      // What is no place of the part must stay as it is, so all of it is compared.
+      if (!is_equal(expected, x, numbers)) {
+        std::printf("%s: back, %ld rows, out %ld, places %ld to %ld of %ld\n", set->name,
+                    long(rows), long(out_width), long(begin), long(end), long(in_width));
+        return false;
+      }
+    }
+    return true;
+  }
+
+  static void multiply_back(const InstructionSet& set, const BackPart<float>& part) {
+    set.multiply_back_float32(part);
+  }
+  static void multiply_back(const InstructionSet& set, const BackPart<BFloat16>& part) {
+    set.multiply_back_bfloat16(part);
   }
 
   static void multiply(const InstructionSet& set, const Part<float>& part) {

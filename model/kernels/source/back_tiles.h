@@ -23,13 +23,14 @@ inline void add_rows(const BackPart<Weight>& part, std::int64_t row, std::int64_
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) sums[r][c] = Lanes::zero();
   }
+  const auto ahead = static_cast<std::uintptr_t>(kRowsAhead * width) * sizeof(Weight);
   for (std::int64_t out = first; out < last; ++out) {
     const Weight* own = weight + out * width;
     Lanes weights[Columns];
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) {
       weights[c] = Lanes::load(own + c * kLanes);
-      fetch(reinterpret_cast<std::uintptr_t>(own + kRowsAhead * width + c * kLanes));
+      fetch(reinterpret_cast<std::uintptr_t>(own + c * kLanes) + ahead);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
