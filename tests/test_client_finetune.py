@@ -3,12 +3,9 @@
 The trainer counts in integers (`tests.fakes.arithmetic_trainer`), so jobs take no time.
 """
 
-import asyncio
 import io
 import json
-import os
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ import pytest
 
 from service.client import (
     Conflict,
-    ConnectionFailed,
     ConnectionLost,
     DataUnreadable,
     EvalEvent,
@@ -28,18 +24,14 @@ from service.client import (
     NotFound,
     StepEvent,
     TimedOut,
-    UnexpectedAnswer,
     VersionEvent,
     adapters,
     jobs,
 )
-from service.client.job_events import JobEventReader
 from service.client.job_views import LineView
-from service.client.retries import RetryRules
-from service.client.transport import AsyncTransport, Transport
-from tests.client_kinds import KINDS, Blocking, FakeClock, Kind, open_client, open_sender
+from tests.client_kinds import KINDS, Kind, open_client
 from tests.fakes.arithmetic_trainer import LOSS_NOT_FINITE
-from tests.scripted_server import EVENT_STREAM, OK, response, scripted_server
+from tests.scripted_server import OK, response, scripted_server
 from tests.service_process import ServiceProcess, running_service
 
 ROOT = Path(__file__).parents[1]
@@ -338,113 +330,6 @@ def test_a_download_that_fails_leaves_what_was_there(client, kind, tmp_path):
     assert [(each, each.read_bytes()) for each in tmp_path.iterdir()] == [(path, b"old")]
     with pytest.raises(FileNotFoundError):
         client.download("tone", 1, tmp_path / "no" / "such" / "folder")
-
-
-# --- connections that break -------------------------------------------------------------------
-
-STEP = (
-    'id: {0}\nevent: step\ndata: {{"step":{0},"loss":0.5,"learning_rate":0.1,"grad_norm":1.0,'
-    '"tokens":4,"tokens_per_s":8.0,"rows_shared":0}}\n\n'
-)
-DONE = 'id: 4\nevent: done\ndata: {"status":"succeeded","step":3,"version":null}\n\n'
-REFUSED = response("503 No", b"", "Retry-After: 5")
-
-
-def streamed(*events: str, lacks_bytes: int = 0) -> bytes:
-    body = "".join(events).encode()
-    return response(OK, body, f"Content-Type: {EVENT_STREAM}", lacks_bytes=lacks_bytes)
-
-
-def followed(kind: Kind, url: str, clock: FakeClock, timeout_s: float = 60.0) -> list[Any]:
-    """The events of a job, by a client of that kind and on that clock."""
-    rules = RetryRules(0, timeout_s)
-    if kind == "blocking":
-        transport = Transport(url, rules, clock=clock.now, sleep=clock.sleep)
-        return list(transport.follow(JobEventReader("ft_1")))
-    with asyncio.Runner() as runner:
-        waiting = AsyncTransport(url, rules, clock=clock.now, sleep=clock.sleep_in_loop)
-        try:
-            return list(Blocking(waiting, runner).follow(JobEventReader("ft_1")))
-        finally:
-            runner.run(waiting.close())
-
-
-def test_events_go_on_behind_the_last_one_that_came(kind):
-    clock = FakeClock()
-    with scripted_server(
-        streamed(STEP.format(1), STEP.format(2), STEP.format(3)[:30], lacks_bytes=9),
-        b"HTTP/1.1 ",
-        REFUSED,
-        # What was told before is told again by whatever stands between.
-        streamed(": ping\n\n", STEP.format(2), STEP.format(3), "id: 3\nevent: mood\ndata: 1\n\n"),
-        streamed(DONE),
-    ) as server:
-        events = followed(kind, server.url, clock)
-
-    assert [event.id for event in events] == [1, 2, 3, 4]
-    asked = [head["last-event-id"] for head in server.heads]
-    assert asked == ["0", "2", "2", "2", "3"]
-    # Counted from the last byte that came; a refusal says how long itself.
-    assert clock.slept == [0.5, 1.0, 5.0, 0.5]
-
-
-def test_events_are_asked_for_as_long_as_a_silence_may_be(kind):
-    with scripted_server() as gone:
-        pass
-    clock = FakeClock()
-    with pytest.raises(ConnectionFailed):
-        followed(kind, gone.url, clock, timeout_s=8.0)
-    assert clock.slept == [0.5, 1.0, 2.0, 2.0, 2.0]
-
-
-def test_an_event_without_a_number_is_none_of_this_service(kind):
-    with (
-        scripted_server(streamed("event: done\ndata: {}\n\n")) as server,
-        pytest.raises(UnexpectedAnswer, match="has no number"),
-    ):
-        followed(kind, server.url, FakeClock())
-
-
-def test_a_job_whose_answer_was_lost_is_asked_for_again_under_the_same_key(kind):
-    clock = FakeClock()
-    call = jobs.finetune_call(ROWS, "tone", {})
-    with (
-        scripted_server(
-            b"HTTP/1.1 ", response("202 Accepted", b"half", lacks_bytes=5), response(OK, b"{}")
-        ) as server,
-        open_sender(kind, server.url, RetryRules(2, 60.0), clock) as sender,
-    ):
-        assert sender.send(call) == b"{}"
-    keys = [head["idempotency-key"] for head in server.heads]
-    assert keys == [call.key] * 3
-    assert clock.slept == [0.5, 1.0]
-    assert jobs.finetune_call(ROWS, "tone", {}).key != call.key
-
-    # Without a key nothing is sent again.
-    with (
-        scripted_server(b"HTTP/1.1 ", response(OK, b"{}")) as server,
-        open_sender(kind, server.url, RetryRules(2, 60.0), clock) as sender,
-        pytest.raises(ConnectionLost),
-    ):
-        sender.send(jobs.jobs_call(1, None))
-
-
-def test_a_job_is_followed_across_the_death_of_the_service(tmp_path):
-    fields = {**FIELDS, "steps": 30}
-    with (
-        running_service(tmp_path, "--checkpoint-seconds=0.1", **SLOW) as service,
-        open_client("blocking", service.url) as client,
-    ):
-        job = client.finetune(ROWS, adapter="tone", **fields)
-        events = iter(job.events())
-        found = [next(events) for _ in range(8)]
-        os.kill(service.process.pid, signal.SIGKILL)
-        service.process.wait()
-        with running_service(tmp_path, f"--port={service.port}", **SLOW):
-            found.extend(events)
-            assert job.wait(timeout_s=5).status == "succeeded"
-    assert [event.step for event in found if isinstance(event, StepEvent)] == list(range(1, 31))
-    assert [event.id for event in found] == sorted({event.id for event in found})
 
 
 # --- the contract -----------------------------------------------------------------------------
