@@ -172,8 +172,20 @@ class Cell:
         return self.value
 
 
+class NA:
+    """As pandas' own: whether it equals anything is not known either."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __hash__ = object.__hash__
+
+
 class PandasFrame:
-    """What a frame of pandas has; an empty cell is NaN."""
+    """What a frame of pandas has; an empty cell is NaN or NA."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
@@ -184,8 +196,8 @@ class PandasFrame:
 
     def to_dict(self, orient: str = "dict") -> Any:
         assert orient == "records"
-        empty = dict.fromkeys(self.columns, float("nan"))
-        return [{**empty, **row} for row in self.rows]
+        empties = [dict.fromkeys(self.columns, empty) for empty in (float("nan"), NA())]
+        return [{**empties[place % 2], **row} for place, row in enumerate(self.rows)]
 
 
 class PolarsFrame:

@@ -156,9 +156,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
     """Without the cells that are empty, so that rows of several forms can share a frame."""
-    plain = {name: _plain(value) for name, value in row.items()}
-    # NaN is the only value that is not itself.
-    return {name: value for name, value in plain.items() if value is not None and value == value}
+    return {name: _plain(value) for name, value in row.items() if not _is_empty(value)}
+
+
+def _is_empty(value: Any) -> bool:
+    """None, NaN, or the NA of pandas: of lists and texts none is."""
+    if value is None:
+        return True
+    if hasattr(value, "__len__"):
+        return False
+    try:
+        # NaN is not itself, and NA does not say whether it is.
+        return bool(value != value)
+    except TypeError:
+        return True
 
 
 def _plain(value: Any) -> Any:
