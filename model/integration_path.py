@@ -11,13 +11,21 @@ is cut into three, of which the one in the middle has its derivative already::
     |           x           |   x   |   x   |   x   |
 
 At zero itself there is nothing to integrate. What enters a norm there has no direction, so that the
-value at zero and that just beside it have nothing in common. The line begins at `START`.
+value at zero and that just beside it have nothing in common. The line begins at `START`. From there
+on what counts is by how many times the stream has grown: norms see its direction alone, which turns
+where it becomes as large as what the blocks add. So an interval whose end is far from its beginning
+in this sense is halved in this sense.
+
+In the end an interval stands for its length times the derivative in its middle, and for how much
+that bends between the middles of its neighbours: a parabola through the three, integrated. No
+weight is negative.
 
 Source, of points where values change: Bhat and Raychowdhury 2023,
 https://arxiv.org/abs/2302.11107.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +39,8 @@ _FIRST_EIGHTHS = 3
 _EQUAL_SHARE = 4
 # Intervals that are cut before the next ones are chosen.
 _CUT_TOGETHER = 4
+# An interval that ends this many times as far from zero as it begins is halved geometrically.
+_FAR = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,17 @@ class IntegrationPath:
 
     def weights(self) -> list[tuple[float, float]]:
         """Each scale of a derivative with the length of line that it stands for."""
-        return [(each.middle, each.high - each.low) for each in self._intervals]
+        middles = np.array([each.middle for each in self._intervals])
+        lengths = np.array([each.high - each.low for each in self._intervals])
+        weights = lengths.copy()
+        if len(middles) > 2:
+            # The second derivative in the middle one of three, as shares of theirs.
+            before, behind = np.diff(middles)[:-1], np.diff(middles)[1:]
+            bend = lengths[1:-1] ** 3 / 24 * 2 / (before * behind * (before + behind))
+            weights[:-2] += bend * behind
+            weights[1:-1] -= bend * (before + behind)
+            weights[2:] += bend * before
+        return list(zip(middles.tolist(), weights.tolist(), strict=True))
 
     def _halves(self) -> list[float]:
         """Middles of intervals: where most of the change is, and the longest of those alike."""
@@ -111,7 +131,7 @@ class IntegrationPath:
         ]
         missing = self._num_first - len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -amounts[i])
-        return [sum(pairs[i]) / 2 for i in sorted(order[: min(missing, _CUT_TOGETHER)])]
+        return [_half(*pairs[i]) for i in sorted(order[: min(missing, _CUT_TOGETHER)])]
 
     def _cut(self) -> None:
         """Cuts the intervals whose slope explains their change least."""
@@ -130,3 +150,7 @@ class IntegrationPath:
     def _difference(self, interval: _Interval) -> float:
         change = self._values[interval.high] - self._values[interval.low]
         return abs(change - (interval.high - interval.low) * self._slopes[interval.middle])
+
+
+def _half(low: float, high: float) -> float:
+    return math.sqrt(low * high) if high > _FAR * low else (low + high) / 2

@@ -191,13 +191,17 @@ def test_integrated_gradients_add_up_to_the_change_within_one_percent(name, laye
     question = AttributionQuestion((text,), 12, layer, num_steps=64)
     found, _ = answer(engine_of(name), question)
     assert found.is_finite
-    # Measured 2.1 % there, and why is not known: the one case that misses 1 %.
-    limit = 0.025 if (name, layer) == ("gemma2_tiny", -1) else 0.01
-    assert found.completeness_error < limit
+    assert found.completeness_error < 0.01
     _, _, value = by_another_road(name, text, layer)
     change = value(0) - value(0, START)
     added = np.frombuffer(found.numbers, "<f4").sum()
     assert abs(added - change) / abs(change) == pytest.approx(found.completeness_error, abs=1e-3)
+    for seed in (4, 6):
+        question = AttributionQuestion(
+            (a_text(12, ((11, 300),), seed=seed),), 12, layer, num_steps=64
+        )
+        found, _ = answer(engine_of(name), question)
+        assert found.completeness_error < 0.01
 
 
 def test_integrated_gradients_are_a_weighted_sum_of_gradients_on_the_way():
@@ -218,10 +222,11 @@ def test_integrated_gradients_are_a_weighted_sum_of_gradients_on_the_way():
         weights = path.weights()
         assert num_steps - 1 <= len(weights) <= num_steps
         assert sum(length for _, length in weights) == pytest.approx(1 - START)
+        assert min(length for _, length in weights) > 0
         assert path.change == pytest.approx(value(1) - value(START))
         found = sum(length * slope(scale) for scale, length in weights)
         if num_steps > 16:
-            assert found == pytest.approx(path.change, rel=5e-3 if num_steps == 64 else 0.02)
+            assert found == pytest.approx(path.change, rel=5e-4 if num_steps == 64 else 0.02)
 
 
 def test_an_answer_has_the_same_bits_again_and_after_others(engine_of):
