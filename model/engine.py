@@ -24,7 +24,7 @@ from model.attribution_questions import (
 )
 from model.attributions import Attributions
 from model.chunk_stream import ChunkStream, ChunkStreams
-from model.config import Family, GemmaConfig
+from model.config import GemmaConfig
 from model.decode import SlotStates
 from model.dispatch import DeviceDispatch, DispatchPart
 from model.engine_adapters import EngineAdapters
@@ -37,10 +37,10 @@ from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
 from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.kv_cache import LayerCache
-from model.ids_only import IdsOnly
 from model.intervention_rows import InterventionArrays
 from model.joined_turn import JOINED_ROWS, JOINED_TOKENS, JoinedTurns
 from model.kernels.library import Kernels, load_kernels
+from model.opened_preset import arrays_on_device, codec_of
 from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, ChunkRows, chunk_of
 from model.prefix_store import PrefixStore
 from model.presets.converted import ConvertedPreset
@@ -70,7 +70,6 @@ from model.slots import (
     SelfTest,
     TextCodec,
 )
-from model.tokenizer import Tokenizer
 from model.training_self_test import compare_training
 from model.weight_names import num_parameters
 
@@ -93,19 +92,11 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
     preset = open_preset(options.preset, options.cache_dir, progress=progress)
     config = preset.config
     _check_context(options, config)
-    codec = _codec(preset)
-    backbone = Backbone(config, _device_arrays(preset, progress), dtype="float32")
+    codec = codec_of(preset)
+    backbone = Backbone(config, arrays_on_device(preset, progress), dtype="float32")
     engine = GemmaEngine(backbone, codec, options, preset, counter, kernels)
     engine.compile(progress, programs_dir)
     return engine
-
-
-def _codec(preset: ConvertedPreset) -> TextCodec:
-    proto = preset.tokenizer_proto()
-    if proto is None:
-        _logger.warning("The preset has no tokenizer: only token ids are taken and given.")
-        return IdsOnly(preset.config.vocabulary_size)
-    return Tokenizer(proto, stops_at_end_of_turn=preset.config.family is Family.GEMMA3)
 
 
 def _check_context(options: EngineOptions, config: GemmaConfig) -> None:
@@ -115,21 +106,6 @@ def _check_context(options: EngineOptions, config: GemmaConfig) -> None:
             f"{config.context_tokens} that {options.preset!r:.200} was trained for. "
             "Lower --context-tokens."
         )
-
-
-def _device_arrays(preset: ConvertedPreset, progress: Progress) -> dict[str, jax.Array]:
-    """Every weight on the device, one after another so that only one is held twice.
-
-    On a CPU none is: the device reads the mapped file where it lies.
-    """
-    total = 4.0 * num_parameters(preset.config)
-    done = 0.0
-    arrays: dict[str, jax.Array] = {}
-    for name, array in preset.arrays():
-        arrays[name] = jax.device_put(array).block_until_ready()
-        done += array.nbytes
-        progress("load", done, total)
-    return arrays
 
 
 class GemmaEngine:
