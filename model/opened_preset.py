@@ -1,4 +1,4 @@
-"""What an engine takes from a preset that is open: its vocabulary, and its weights on the device."""
+"""What an engine takes from an open preset: its vocabulary, and its weights on the device."""
 
 import logging
 
