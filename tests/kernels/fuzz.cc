@@ -304,8 +304,10 @@ class Fuzz {
 
   template <typename Weight>
   bool back_agrees() {
-    const std::int64_t rows = 1 + up_to(9), in_width = 1 + up_to(120),
-                       out_width = 1 + up_to(up_to(9) == 0 ? 600 : 20), begin = up_to(in_width - 1),
+    // More than a block of rows now and then, and then narrow ones.
+    const bool is_deep = up_to(9) == 0;
+    const std::int64_t rows = 1 + up_to(9), in_width = 1 + up_to(is_deep ? 20 : 120),
+                       out_width = 1 + up_to(is_deep ? 600 : 20), begin = up_to(in_width - 1),
                        end = begin + 1 + up_to(in_width - begin - 1), numbers = rows * in_width;
     const Buffer y = buffer<float>(rows * out_width, 0);
     const Buffer weight = buffer<Weight>(out_width * in_width, 1);
