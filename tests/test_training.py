@@ -7,6 +7,7 @@ from model.adapter_file import read_adapter, write_adapter
 from model.finetune.optimizers import Floats
 from model.finetune.pairs import first_adapter
 from model.finetune.trainer import SlicedTrainer, _micro_batches
+from model.gemma.keras_lora import TARGETS
 from model.lora_adapter import LoraAdapter, LoraForm
 from model.training import JobDone, StepDone, TrainingRow
 from tests import goldens
@@ -56,6 +57,13 @@ def test_jobs_that_share_micro_batches_end_with_the_bits_that_they_have_alone(en
     together = trained(engine.trainer, *PLANS)
     alone = {plan.job: trained(engine.trainer, plan)[plan.job] for plan in PLANS}
     assert [job for job in alone if alone[job] != together[job]] == []
+
+
+def test_nothing_compiles_for_a_job_once_an_engine_is_loaded(engine):
+    before = engine.num_compilations
+    for number, target in enumerate(TARGETS):
+        trained(engine.trainer, plan_of(str(number), targets=(target,), rank=2 + number % 3))
+    assert engine.num_compilations == before
 
 
 def test_a_job_that_is_stopped_after_every_step_ends_with_the_same_bits(engine, monkeypatch):

@@ -203,7 +203,7 @@ class MicroBatches:
         losses, by_x = yield from self._head(batch, np.asarray(x)[0])
         if not batch.wants_gradient or not np.isfinite(by_x).all():
             return losses
-        derivative = jnp.asarray(by_x[None])
+        derivative = jax.device_put(by_x[None])
         while before:
             layer = len(before) - 1
             given = (self._weights.blocks[layer], self._traits[layer], before.pop(), rows)
@@ -222,7 +222,7 @@ class MicroBatches:
             np.asarray(program(self._weights.embeddings, token_ids[:, first : first + step]))
             for first in range(0, size, step)
         ]
-        return jnp.asarray(np.concatenate(found, axis=1))
+        return jax.device_put(np.concatenate(found, axis=1))
 
     def _head(self, batch: MicroBatch, x: Floats) -> Generator[None, None, tuple[Losses, Floats]]:
         asked = [
@@ -282,7 +282,8 @@ class MicroBatches:
                 if found := adapter.pairs.get((layer, target)):
                     a[number, :, : adapter.rank], b[number, :, : adapter.rank] = found
                     is_used[number] = True
-            pairs[target] = RowPairs(*map(jnp.asarray, (a, b, is_used)))
+            # `jnp.asarray` would compile something for each shape that it meets first.
+            pairs[target] = RowPairs(*map(jax.device_put, (a, b, is_used)))
         return pairs
 
     def _no_pairs(self, count: int) -> dict[str, RowPairs]:
@@ -321,8 +322,8 @@ def _layout(batch: MicroBatch, size: int) -> tuple[SequenceRows, TileRows, NDArr
         end = each.offset + room_of(each.row)
         of_row = slice(each.offset // TILE_TOKENS, end // TILE_TOKENS)
         tile_rows[of_row], tile_adapters[of_row] = number, batch.adapter_of[number]
-    tiles = TileRows(*map(jnp.asarray, (tile_rows, tile_adapters, np.int32(num_real))))
-    return SequenceRows(jnp.asarray(positions), jnp.asarray(sequences)), tiles, ids
+    tiles = TileRows(*map(jax.device_put, (tile_rows, tile_adapters, np.int32(num_real))))
+    return SequenceRows(jax.device_put(positions), jax.device_put(sequences)), tiles, ids
 
 
 def _table_parts(table: jax.Array) -> list[tuple[Any, jax.Array, Any]]:
