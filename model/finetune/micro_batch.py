@@ -222,7 +222,8 @@ class MicroBatches:
             np.asarray(program(self._weights.embeddings, token_ids[:, first : first + step]))
             for first in range(0, size, step)
         ]
-        return jax.device_put(np.concatenate(found, axis=1))
+        x: jax.Array = jax.device_put(np.concatenate(found, axis=1))
+        return x
 
     def _head(self, batch: MicroBatch, x: Floats) -> Generator[None, None, tuple[Losses, Floats]]:
         asked = [
