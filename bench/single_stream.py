@@ -32,15 +32,18 @@ _GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 def bare_step_seconds(engine: GemmaEngine) -> list[float]:
     """Seconds of each step of the two-row program, inputs ready and nothing else done."""
     rules = engine._rules.of([RowRules(_GREEDY, _PROMPT_TOKENS, _PROMPT_TOKENS + 2)], 2)
-    slots = np.array([0, engine.info.num_slots], np.int32)
+    unchanged = engine._interventions.of_drawing([()], 2)
+    slots = np.array([0, engine._num_all_slots], np.int32)
     positions = np.array([_PROMPT_TOKENS, 0], np.int32)
+    base = np.zeros(2, np.int32)
     one_step = np.array(1, np.int32)
     program = engine._programs["decode[2]"]
     seconds = []
     for _ in range(_TOKENS):
         began = time.perf_counter()
         engine._states, outputs = program(
-            engine._weights, engine._traits, engine._states, slots, positions, rules, one_step
+            *(engine._weights, engine._traits, engine._states),
+            *(slots, positions, rules, unchanged, one_step, engine._bank.arrays, base),
         )
         outputs.token_ids.block_until_ready()
         seconds.append(time.perf_counter() - began)
