@@ -375,7 +375,7 @@ def test_a_chunk_outside_its_slot_or_over_a_border_is_refused(start, num_tokens,
 
 def test_a_chunk_begins_at_a_multiple_of_the_block_where_bits_depend_on_its_shape(engine_of):
     with pytest.raises(SequenceTooLong, match="cannot start at 1: it starts at a multiple of 256"):
-        run_chunks(engine_of("gemma1_tiny", "xla"), PromptChunk(0, [5] * 5, 1))
+        run_chunks(engine_of("gemma3_tiny", "xla"), PromptChunk(0, [5] * 5, 1))
 
 
 def test_prompts_that_do_not_fit_into_a_shared_chunk_are_refused(engine_of):
