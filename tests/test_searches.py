@@ -328,8 +328,8 @@ def test_nothing_compiles_in_a_search_and_all_programs_are_few(engine_of):
         search_beams(engine, prompt, width, 2, rules=SearchRules((3,), ((4, 1.0),), None))
         search_contrastively(engine, prompt, width, 0.3, 2)
     assert engine.num_compilations == before
-    # Decision 22 says why they are more than 24.
-    assert len(engine.info.programs) <= 30
+    # Decisions 22 and 26 say why they are more than 24.
+    assert len(engine.info.programs) <= 35
 
 
 @pytest.mark.parametrize(

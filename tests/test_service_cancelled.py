@@ -127,6 +127,8 @@ def test_the_client_names_a_request_and_ends_it_from_elsewhere(service, pool, ki
         with open_client(kind, service.url) as client:
             client.score(LONG["inputs"], request_id="of-client")
 
+    # Of the test before.
+    assert becomes(service, RUNNING, 0)
     running = pool.submit(score)
     assert becomes(service, RUNNING, 1)
     with open_client(kind, service.url) as client:

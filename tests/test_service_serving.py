@@ -316,7 +316,7 @@ def test_a_full_queue_is_429_with_retry_after_and_nothing_is_lost(slow):
         # Two slots, then two that wait; each start event says that the request was taken.
         streams = []
         for number in range(1, 5):
-            stream = stack.enter_context(slow.stream([number], max_tokens=3))
+            stream = stack.enter_context(slow.stream([number], max_tokens=6))
             assert next(stream)["event"] == "start"
             streams.append(stream)
             # The first two must have left the queue before the next ones come.
@@ -330,7 +330,7 @@ def test_a_full_queue_is_429_with_retry_after_and_nothing_is_lost(slow):
         for number, stream in enumerate(streams, start=1):
             tokens = [event["data"]["token_ids"] for event in stream if event["event"] == "token"]
             token_ids = [id_ for ids in tokens for id_ in ids]
-            assert token_ids == [number, 2 * number, 4 * number]
+            assert token_ids == [number * 2**step for step in range(6)]
 
 
 def test_a_request_with_a_higher_priority_overtakes_those_that_wait(slow):

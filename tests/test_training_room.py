@@ -20,6 +20,7 @@ from service.protocol.training import (
 )
 from service.worker.adapter_store import AdapterStore
 from service.worker.pace import Pace
+from service.worker.training_plan import MAX_STEPS
 from service.worker.training_room import TrainingRoom
 from service.worker.work_done import WorkDone
 from tests.worker_process import prepare
@@ -50,7 +51,7 @@ class Room:
     def train(self, command, folder):
         self._room.take(command)
         self._turn_until(JobPrepared)
-        self._room.take(StartJob(command.job_id, str(folder), 2))
+        self._room.take(StartJob(command.job_id, str(folder), 2, MAX_STEPS))
         self._turn_until(JobEnded)
 
     def _turn_until(self, kind):
