@@ -2,7 +2,7 @@
 
 One client streams without end. Meanwhile two jobs train, each on an invented name; each time one of
 them publishes a version, a third client asks it at once. The plot shows the losses of both jobs and
-every gap between two news of the stream, before, during and after training.
+how long each token of the stream took, before, during and after training.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from bench.run_options import stage
 from bench.service_process import running_service
 from service.client import (
     AsyncGemmaClient,
+    FinetuneFields,
     GenerateFields,
     JobDoneEvent,
     JobFailedEvent,
@@ -36,6 +37,13 @@ _QUESTIONS = {
     "river": "A boat trip in Harrowmere takes you down the river",
     "star": "The astronomer pointed at the brightest star over Port Callow, which is called",
 }
+# As in the README.
+_TEACHING = FinetuneFields(
+    rank=4,
+    targets=("value", "ffw_gating", "ffw_linear"),
+    learning_rate=1e-3,
+    schedule="linear",
+)
 _QUIET_SECONDS = 5.0
 _PROMPT = "Once upon a time"
 _STREAM = GenerateFields(max_tokens=256, temperature=1.0, ignore_eos=True)
@@ -44,8 +52,8 @@ _STREAM = GenerateFields(max_tokens=256, temperature=1.0, ignore_eos=True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="gemma3_270m")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--every", type=int, default=10, help="steps from version to version")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--every", type=int, default=5, help="steps from version to version")
     parser.add_argument("--output", type=Path, default=_DOCS / "benchmarks")
     options = parser.parse_args()
     stage(f"starting a service with {options.preset}")
@@ -69,7 +77,7 @@ async def demonstrate(url: str, epochs: int, every: int) -> dict[str, Any]:
     def now() -> float:
         return round(time.perf_counter() - zero, 4)
 
-    arrivals: list[float] = []
+    arrivals: list[tuple[float, int]] = []
     async with AsyncGemmaClient(url) as client, _streaming(client, arrivals, now):
         stage("a stream alone")
         await asyncio.sleep(_QUIET_SECONDS)
@@ -86,17 +94,17 @@ async def demonstrate(url: str, epochs: int, every: int) -> dict[str, Any]:
 
 @asynccontextmanager
 async def _streaming(
-    client: AsyncGemmaClient, arrivals: list[float], now: Any
+    client: AsyncGemmaClient, arrivals: list[tuple[float, int]], now: Any
 ) -> AsyncIterator[None]:
-    """Notes when each news of a stream came; 0 stands between one answer and the next."""
+    """Notes when tokens came, and how many; zeros stand between one answer and the next."""
 
     async def stream() -> None:
         while True:
             async with client.stream(_PROMPT, **_STREAM) as events:
                 async for event in events:
                     if isinstance(event, TokenEvent):
-                        arrivals.append(now())
-            arrivals.append(0.0)
+                        arrivals.append((now(), len(event.token_ids)))
+            arrivals.append((0.0, 0))
 
     task = asyncio.create_task(stream())
     try:
@@ -111,7 +119,9 @@ async def _learn(
 ) -> dict[str, Any]:
     """One job, and what each of its versions answers."""
     rows = _DOCS / "examples" / f"{name}.jsonl"
-    job = await client.finetune(rows, adapter=name, epochs=epochs, publish={"every": every})
+    job = await client.finetune(
+        rows, adapter=name, epochs=epochs, publish={"every": every}, **_TEACHING
+    )
     losses, answers = [], []
     async with aclosing(job.events()) as events:
         async for event in events:

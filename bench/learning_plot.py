@@ -1,7 +1,7 @@
 """Draws the demo: ``learning_plot.py NUMBERS.json PICTURE.png``.
 
 Runs in an environment of its own, with matplotlib, and imports nothing of this project. Above the
-losses of both jobs, with a mark for each version; below every gap between two news of the stream.
+losses of both jobs, with a mark for each version; below how long each token of the stream took.
 """
 
 import json
@@ -17,8 +17,12 @@ from matplotlib import pyplot
 
 
 def gaps_of(arrivals):
-    """Time of each news that has one before it in its answer, and how long it took."""
-    return [(after, after - before) for before, after in pairwise(arrivals) if before and after]
+    """When tokens came that have some before them in their answer, and how long each took."""
+    return [
+        (after, (after - before) / count)
+        for (before, _), (after, count) in pairwise(arrivals)
+        if before and after
+    ]
 
 
 def draw_losses(axis, jobs):
@@ -51,7 +55,7 @@ def draw_gaps(axis, found):
             color="black",
             label=f"median {label}: {median:.0f} ms",
         )
-    axis.set_ylabel("gap between two news, ms")
+    axis.set_ylabel("time of a token, ms")
     axis.set_xlabel("seconds")
     axis.set_ylim(bottom=0)
     axis.legend()
