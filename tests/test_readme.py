@@ -245,14 +245,14 @@ def test_no_command_of_the_readme_is_left_out():
         command_with(text)
         for text in (
             "The capital of France",
+            "docs/examples/river.jsonl",
+            '"gemma:river"',
             "Once upon a time",
             "Water boils",
             '"sampler": "beam"',
             '"inputs"',
             '"attribution"',
             '"interventions"',
-            "docs/examples/river.jsonl",
-            '"gemma:river"',
             "/info",
             "gemma-service fetch",
             "--help",
