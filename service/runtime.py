@@ -28,16 +28,15 @@ from service.connection import connection_class
 from service.jobs.training import DataFiles, open_training
 from service.observability import Metrics
 from service.protocol.messages import (
-    AdapterCounts,
     AdapterSource,
     Heartbeat,
     Load,
     Progress,
     RequestEvent,
     ServerInfo,
-    WorkCounts,
 )
 from service.protocol.training import TrainingEvent
+from service.protocol.worker_counts import AdapterCounts, WorkCounts
 from service.settings import Settings
 from service.startup_display import StartupDisplay
 from service.supervisor import Supervisor, WorkerState

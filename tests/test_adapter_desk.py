@@ -7,7 +7,8 @@ import pytest
 
 from model.errors import AdapterUnfit
 from model.slots import AdapterForm, EngineOptions
-from service.protocol.messages import AdapterCounts, AdapterSource
+from service.protocol.messages import AdapterSource
+from service.protocol.worker_counts import AdapterCounts
 from service.worker.adapter_desk import AdapterDesk
 from service.worker.adapter_store import ADAPTER_FILE, AdapterStore, digest_of
 from tests.fakes.arithmetic_engine import ArithmeticEngine

@@ -8,8 +8,9 @@ import pytest
 
 from model.slots import EngineOptions
 from model.training import TrainingPlan, TrainingRow
-from service.protocol.messages import Finished, TrainingCounts
+from service.protocol.messages import Finished
 from service.protocol.training import CancelJob, JobEnded, JobStep, StartJob
+from service.protocol.worker_counts import TrainingCounts
 from service.worker.actions import Decode, Idle, Prefill, ReadScores, Row, RowKey, Train
 from service.worker.adapter_desk import AdapterDesk
 from service.worker.adapter_store import AdapterStore

@@ -1,6 +1,6 @@
 """Tokens for requests and tokens for padding, counted by hand."""
 
-from service.protocol.messages import WorkCounts
+from service.protocol.worker_counts import WorkCounts
 from service.worker.work_done import WorkDone
 from tests.service_process import eventually, running_service
 

@@ -22,6 +22,8 @@ from typing import Literal
 
 import msgspec
 
+from service.protocol.worker_counts import AdapterCounts, TrainingCounts, WorkCounts
+
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 KernelChoice = Literal["auto", "native", "xla"]
 Operation = Literal["add", "scale", "zero", "set", "project_out"]
@@ -533,43 +535,6 @@ class Failed(Message, frozen=True):
     detail: str
     pointer: str | None = None
     retry_after_seconds: int | None = None
-
-
-class WorkCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tokens computed since the worker started, and those that only filled up a shape."""
-
-    prefill: int = 0
-    prefill_padding: int = 0
-    decode: int = 0
-    decode_padding: int = 0
-    score: int = 0
-    score_padding: int = 0
-    train: int = 0
-    train_padding: int = 0
-
-
-class AdapterCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Adapters in the bank; how many were written into it, and put out, since the start."""
-
-    num_resident: int = 0
-    num_loads: int = 0
-    num_evictions: int = 0
-
-
-class TrainingCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Jobs, and what was done for them since the worker started.
-
-    Attributes:
-        num_running: Jobs that train, or are about to.
-        num_paused: Jobs that cannot write their checkpoint.
-        num_steps: Of the optimizer, of all jobs.
-        seconds: That the loop trained.
-    """
-
-    num_running: int = 0
-    num_paused: int = 0
-    num_steps: int = 0
-    seconds: float = 0.0
 
 
 class Heartbeat(Message, frozen=True):

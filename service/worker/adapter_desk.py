@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from model.slots import Adapter, Engine
-from service.protocol.messages import AdapterCounts
+from service.protocol.worker_counts import AdapterCounts
 from service.worker.adapter_store import ADAPTER_GONE, AdapterStore
 
 BASE_SLOT = 0

@@ -2,7 +2,8 @@
 
 import time
 
-from service.protocol.messages import AdapterCounts, Phase, TrainingCounts, WorkCounts
+from service.protocol.messages import Phase
+from service.protocol.worker_counts import AdapterCounts, TrainingCounts, WorkCounts
 
 
 class LoopStatus:

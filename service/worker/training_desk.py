@@ -35,7 +35,6 @@ from model.training import (
     TrainingEvent as Trained,
     TrainingPlan,
 )
-from service.protocol.messages import TrainingCounts
 from service.protocol.training import (
     JobEnd,
     JobEnded,
@@ -47,6 +46,7 @@ from service.protocol.training import (
     StartJob,
     TrainingEvent,
 )
+from service.protocol.worker_counts import TrainingCounts
 from service.worker.adapter_store import AdapterStore
 from service.worker.checkpoints import is_full
 from service.worker.file_work import CheckpointRead, CheckpointWritten, FileResult, FileWork

@@ -8,8 +8,8 @@ bear.
 import time
 from collections.abc import Sequence
 
-from service.protocol.messages import TrainingCounts
 from service.protocol.training import CancelJob, HaltJobs, StartJob, TrainingEvent
+from service.protocol.worker_counts import TrainingCounts
 from service.worker.actions import Action, Idle, Train
 from service.worker.file_work import CheckpointRead, CheckpointWritten
 from service.worker.pace import Pace

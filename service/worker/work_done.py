@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from service.protocol.messages import WorkCounts
+from service.protocol.worker_counts import WorkCounts
 
 
 class WorkDone:
