@@ -8,9 +8,9 @@ import pytest
 
 from tests.service_process import ServiceProcess, eventually, running_service
 
-# The prompt [5] is continued by 5, 10, 20, …, multiples of five, which are harmless for ever.
+# The prompt [5] is continued by 5, 10, 20, …, for ever.
 STEP = {"ARITHMETIC_STEP_SECONDS": "0.02"}
-RAISE, EXIT, HANG = 902, 903, 904
+NOT_FINITE, RAISE, EXIT, HANG = 901, 902, 903, 904
 
 
 def assert_serves_again(service: ServiceProcess) -> None:
@@ -52,6 +52,13 @@ def test_a_step_that_ends_the_worker_fails_all_that_it_held_and_no_more(tmp_path
         assert (last["event"], last["data"]["code"]) == ("error", "worker_restarting")
         assert_serves_again(service)
         assert told in service.log
+
+
+def test_what_makes_the_engine_fail_is_a_prompt_never_a_draw(tmp_path):
+    with running_service(tmp_path) as service:
+        for token in (NOT_FINITE, RAISE, EXIT, HANG):
+            [output] = service.generate([token - 450, 450], max_tokens=2).json()["outputs"]
+            assert output["token_ids"] == [token, 2 * token % 1000]
 
 
 def test_f_r11_a_worker_that_hangs_is_replaced_and_leaves_its_stacks_in_the_log(tmp_path):

@@ -242,12 +242,12 @@ class ArithmeticEngine(
             ]
             held[position:] = [embedded(newest, steps)]
             assert held == table, "the slot does not hold what was said so far"
-            _misbehave(held)
+            _misbehave(held[: rules.num_prompt])
             seed = rules.sampling.seed if rules.sampling.temperature > 0 else 0
             token_id = self._sum([stream(held, steps)], row.adapter, seed)
             while position + 1 < rules.may_stop_at and token_id in rules.stop_ids:
                 token_id = (token_id + 1) % VOCABULARY_SIZE
-            is_finite = NOT_FINITE not in held
+            is_finite = NOT_FINITE not in held[: rules.num_prompt]
             table.append(token_id if is_finite else BOS_ID)
             drawn.append(_sampled(token_id, rules.num_logprobs, is_finite=is_finite))
             if not is_finite:
@@ -281,7 +281,8 @@ def _sampled(token_id: int, num_logprobs: int | None, *, is_finite: bool) -> Sam
     return SampledToken(token_id, -1.0, top, is_finite)
 
 
-# Prompts that hold one of these tokens make the engine fail, as a real one might.
+# Prompts that hold one of these tokens make the engine fail, as a real one might. Drawing one does
+# no harm: a draw depends on a seed, and those that nobody chose are random.
 NOT_FINITE = 901
 RAISE = 902
 EXIT = 903
