@@ -58,7 +58,7 @@ _MODELS = ("gemma", "gemma:a", "gemma:b")
 _VERSION_ROWS = 8
 _VERSION_TOKENS = (12, 20, 40)
 _STREAMS = 4
-_STREAM_TOKENS = 96
+_STREAM_TOKENS = 256
 
 
 class Calls:

@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 
 from bench import training_jobs
 from bench.run_options import stage
@@ -23,28 +24,35 @@ class _Jobs:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.steps: list[tuple[float, int]] = []
+        self.steps: list[list[tuple[float, int]]] = [[] for _ in range(_JOBS)]
         self._ids = [
             training_jobs.start(
                 url, f"beside{n}", rows(64, _ROW_TOKENS, f"{n}"), batch_size=2, steps=5000
             )
             for n in range(_JOBS)
         ]
-        self._threads = [threading.Thread(target=self._follow, args=(each,)) for each in self._ids]
+        self._threads = [
+            threading.Thread(target=self._follow, args=each)
+            for each in zip(self._ids, self.steps, strict=True)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def _follow(self, job: str) -> None:
+    def _follow(self, job: str, steps: list[tuple[float, int]]) -> None:
         for moment, name, data in training_jobs.follow(self._url, job):
             if name == "step":
-                self.steps.append((moment, int(data["tokens"])))
+                steps.append((moment, int(data["tokens"])))
 
     def tokens_per_second(self, begin: float, end: float) -> float:
-        tokens = sum(count for moment, count in self.steps if begin < moment <= end)
-        return tokens / (end - begin)
+        """Each job from its first step to its last one in between: they end steps together, and
+        seldom, so that counting those of a span would be a matter of luck.
+        """
+        return sum(
+            step_rate([step for step in steps if begin < step[0] <= end]) for steps in self.steps
+        )
 
     def wait_for_steps(self) -> None:
-        while len(self.steps) < 2 * _JOBS:
+        while any(len(steps) < 2 for steps in self.steps):
             time.sleep(0.1)
 
     def cancel(self) -> None:
@@ -52,6 +60,13 @@ class _Jobs:
             training_jobs.cancel(self._url, each)
         for thread in self._threads:
             thread.join()
+
+
+def step_rate(steps: Sequence[tuple[float, int]]) -> float:
+    """Tokens a second, from the end of the first step on."""
+    assert len(steps) > 1, "the span is too short for two steps of every job"
+    (began, _), *others = steps
+    return sum(count for _, count in others) / (others[-1][0] - began)
 
 
 def _streams(url: str, num_tokens: int) -> tuple[list[Record], float, float]:
@@ -72,7 +87,7 @@ def _speed(records: list[Record]) -> tuple[float, float]:
 
 def measure_serving(service: RunningService, quick: bool) -> list[str]:
     """Streams alone, both, jobs alone."""
-    url, num_tokens = service.url, 64 if quick else 256
+    url, num_tokens = service.url, 192 if quick else 384
     _streams(url, 16)
     stage("four streams alone")
     alone, alone_p99 = _speed(_streams(url, num_tokens)[0])
@@ -85,7 +100,7 @@ def measure_serving(service: RunningService, quick: bool) -> list[str]:
         trained_beside = jobs.tokens_per_second(began, ended)
         stage("four jobs alone")
         began = time.perf_counter()
-        time.sleep(15 if quick else 40)
+        time.sleep(20 if quick else 40)
         trained_alone = jobs.tokens_per_second(began, time.perf_counter())
     finally:
         jobs.cancel()

@@ -33,6 +33,8 @@ from model.slots import PromptChunk
 Stream = Float32[np.ndarray, "tokens width"]
 Streams = Float32[np.ndarray, "rows tokens width"]
 
+# Passes of more tokens keep no products: 512 of them would hold 255 MB with Gemma 3 270M.
+_MOST_KEPT_TOKENS = 128
 # Which tokens of a pass are none of any copy.
 _PADDING = -1
 
@@ -53,10 +55,18 @@ class PassResult(NamedTuple):
     by_stream: Streams | None
 
 
+class _Before(NamedTuple):
+    """What entered a block, and what its products made of it, if that was kept."""
+
+    x: jax.Array
+    kept: dict[str, jax.Array]
+
+
 class _Copies(NamedTuple):
     """Where the tokens of the copies of a pass stand, and how their stream is changed."""
 
     rows: SequenceRows
+    num_real: np.int32
     changes: IntervenedCopies
 
 
@@ -69,6 +79,7 @@ class AttributionPasses:
         traits: Of the layers.
         programs: Of the engine, filled by it.
         streams: Of the engine: how the residual stream is changed.
+        is_native: Products are the native kernel's.
     """
 
     def __init__(
@@ -78,32 +89,45 @@ class AttributionPasses:
         traits: Sequence[LayerTraits],
         programs: dict[str, Callable[..., Any]],
         streams: ChunkStreams,
+        *,
+        is_native: bool,
     ) -> None:
         self._config = config
         self._weights = weights
         self._traits = traits
         self._programs = programs
         self._streams = streams
+        self._is_native = is_native
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
         specs = []
+        number: Any = jax.ShapeDtypeStruct((), jnp.int32)
         for size in PASS_TOKENS:
             ids: Any = jax.ShapeDtypeStruct((1, size), jnp.int32)
             x = _floats(1, size, self._config.hidden_dim)
-            given = (self._weights.blocks[0], self._traits[0], x, SequenceRows(ids, ids))
-            forward = partial(block_forward, self._config)
-            backward = partial(block_backward, self._config)
+            rows = SequenceRows(ids, ids)
+            given = (self._weights.blocks[0], self._traits[0], x, rows, number)
+            forward = partial(
+                block_forward,
+                self._config,
+                is_native=self._is_native,
+                keeps=size <= _MOST_KEPT_TOKENS,
+            )
+            backward = partial(block_backward, self._config, is_native=self._is_native)
             specs.append(ProgramSpec(f"block_forward[{size}]", forward, given))
-            specs.append(ProgramSpec(f"block_backward[{size}]", backward, (*given, x), (4,)))
+            _, kept = jax.eval_shape(forward, *given)
+            backward_given: Any = (*given, kept, x)
+            specs.append(ProgramSpec(f"block_backward[{size}]", backward, backward_given, (6,)))
         arguments = (
             self._weights,
             _floats(HEAD_ROWS, self._config.hidden_dim),
             _floats(HEAD_ROWS, self._config.vocabulary_size),
             jax.ShapeDtypeStruct((HEAD_ROWS,), jnp.int32),
             _floats(HEAD_ROWS),
+            number,
         )
-        gradient = partial(score_gradient, self._config)
+        gradient = partial(score_gradient, self._config, is_native=self._is_native)
         return [*specs, ProgramSpec("score_gradient", gradient, arguments)]
 
     def warm_up(self) -> None:
@@ -119,7 +143,8 @@ class AttributionPasses:
         embedded = self._embedded(text)
         [size] = passes(text.num_read, 1)
         copies = self._copies(text, size)
-        x, _ = yield from self._up(_packed(embedded[None], size), copies, 0, layer + 1)
+        entered = _packed(embedded[None], size)
+        x, _ = yield from self._up(entered, copies, 0, layer + 1, wants_derivative=False)
         return np.asarray(x)[0, : text.num_read]
 
     def run(
@@ -137,8 +162,10 @@ class AttributionPasses:
             NotFinite: Nothing can be told.
         """
         copies = self._copies(text, size)
-        up = self._up(_packed(streams, size), copies, layer + 1, self._config.num_layers)
-        x, before = yield from up
+        x, before = yield from self._up(
+            *(_packed(streams, size), copies, layer + 1, self._config.num_layers),
+            wants_derivative=wants_derivative,
+        )
         logprobs, by_x = yield from self._head(
             text, np.asarray(x)[0], size, wants_derivative=wants_derivative
         )
@@ -148,9 +175,10 @@ class AttributionPasses:
         num_tokens = size.num_rows * text.num_read
         return PassResult(logprobs, np.asarray(derivative)[0, :num_tokens].reshape(streams.shape))
 
-    def _copies(self, text: AttributedText, size: Pass) -> "_Copies":
+    def _copies(self, text: AttributedText, size: Pass) -> _Copies:
         changes = IntervenedCopies(self._streams, text.touches, text.num_read, size)
-        return _Copies(_rows(text.num_read, size), changes)
+        num_real = np.int32(size.num_rows * text.num_read)
+        return _Copies(_rows(text.num_read, size), num_real, changes)
 
     def _embedded(self, text: AttributedText) -> Stream:
         """By the programs of prefill, after interventions."""
@@ -168,30 +196,40 @@ class AttributionPasses:
         return np.concatenate(found)
 
     def _up(
-        self, x: jax.Array, copies: "_Copies", first: int, end: int
-    ) -> Generator[bool, None, tuple[jax.Array, list[jax.Array]]]:
-        """The stream after the blocks from ``first`` to before ``end``, and what entered each."""
+        self,
+        x: jax.Array,
+        copies: _Copies,
+        first: int,
+        end: int,
+        *,
+        wants_derivative: bool,
+    ) -> Generator[bool, None, tuple[jax.Array, list[_Before]]]:
+        """The stream after the blocks from ``first`` to before ``end``, and what the way back
+        needs.
+        """
         program = self._programs[f"block_forward[{x.shape[1]}]"]
         before = []
         for layer in range(first, end):
-            before.append(x)
-            x = program(self._weights.blocks[layer], self._traits[layer], x, copies.rows)
-            x = copies.changes.after(x, layer)
+            weights, traits = self._weights.blocks[layer], self._traits[layer]
+            after, kept = program(weights, traits, x, copies.rows, copies.num_real)
+            if wants_derivative:
+                before.append(_Before(x, kept))
+            x = copies.changes.after(after, layer)
             # Whoever pauses here does so by the clock.
             x.block_until_ready()
             yield False
         return x, before
 
     def _down(
-        self, derivative: jax.Array, before: list[jax.Array], copies: "_Copies", first: int
+        self, derivative: jax.Array, before: list[_Before], copies: _Copies, first: int
     ) -> Generator[bool, None, jax.Array]:
         """The derivative by what entered block ``first``; lets go of the streams on the way."""
         program = self._programs[f"block_backward[{derivative.shape[1]}]"]
         while before:
-            layer, x = first + len(before) - 1, before.pop()
+            layer, (x, kept) = first + len(before) - 1, before.pop()
             weights, traits = self._weights.blocks[layer], self._traits[layer]
             derivative = copies.changes.derivative_before(derivative, layer)
-            derivative = program(weights, traits, x, copies.rows, derivative)
+            derivative = program(weights, traits, x, copies.rows, copies.num_real, kept, derivative)
             derivative.block_until_ready()
             yield False
         return derivative
@@ -220,7 +258,8 @@ class AttributionPasses:
             if by_x is not None:
                 amounts = (np.arange(HEAD_ROWS) < len(own)).astype(np.float32)
                 by_places = self._programs["score_gradient"](
-                    self._weights, at_places, found.logits, token_ids, amounts
+                    *(self._weights, at_places, found.logits, token_ids, amounts),
+                    np.int32(len(own)),
                 )
                 np.add.at(by_x, places, np.asarray(by_places)[: len(own)])
                 yield False

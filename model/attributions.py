@@ -31,6 +31,7 @@ class Attributions:
         traits: Of the layers.
         programs: Of the engine, filled by it.
         streams: Of the engine: how the residual stream is changed.
+        is_native: Products are the native kernel's.
     """
 
     def __init__(
@@ -40,9 +41,13 @@ class Attributions:
         traits: Sequence[LayerTraits],
         programs: dict[str, Callable[..., Any]],
         streams: ChunkStreams,
+        *,
+        is_native: bool,
     ) -> None:
         self._width = config.hidden_dim
-        self._passes = AttributionPasses(config, weights, traits, programs, streams)
+        self._passes = AttributionPasses(
+            config, weights, traits, programs, streams, is_native=is_native
+        )
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""

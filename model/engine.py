@@ -31,7 +31,6 @@ from model.engine_adapters import EngineAdapters
 from model.engine_programs import ProgramSet, row_buckets
 from model.errors import RequestInvalid, SequenceTooLong, TokenOutOfRange, UnsupportedPreset
 from model.finetune.engine_trainer import engine_trainer
-from model.freed_memory import give_back_freed_memory
 from model.gemma import kv_cache
 from model.gemma.backbone import Backbone
 from model.gemma.block import layer_traits
@@ -45,6 +44,7 @@ from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, Chun
 from model.prefix_store import PrefixStore
 from model.presets.converted import ConvertedPreset
 from model.presets.resolve import IS_INSTRUCT, open_preset
+from model.process_memory import give_back_freed_memory, reuse_freed_memory
 from model.programs import CompilationCounter, use_compile_cache
 from model.progress import Progress
 from model.rule_rows import RuleArrays
@@ -85,6 +85,7 @@ def load(options: EngineOptions, progress: Progress) -> "GemmaEngine":
         SelfTestFailed: Here answers would depend on their company.
         KernelsUnavailable: Native kernels were asked for, and there are none.
     """
+    reuse_freed_memory()
     kernels = load_kernels(options.kernels)
     _logger.info("kernels: %s", kernels)
     programs_dir = use_compile_cache(options.cache_dir)
@@ -162,7 +163,9 @@ class GemmaEngine:
             bank=self._bank,
             is_native=kernels.is_native,
         )
-        self._scores = Scores(self._config, self._weights, self._programs)
+        self._scores = Scores(
+            self._config, self._weights, self._programs, is_native=kernels.is_native
+        )
         self._joined: JoinedTurns | None = None
         if kernels.is_native:
             self._joined = JoinedTurns(
@@ -170,7 +173,8 @@ class GemmaEngine:
             )
         self._streams = ChunkStreams(self._config, self._weights, self._programs)
         self._attributions = Attributions(
-            self._config, self._weights, self._traits, self._programs, self._streams
+            *(self._config, self._weights, self._traits, self._programs, self._streams),
+            is_native=kernels.is_native,
         )
         self._batches, self.trainer = engine_trainer(
             self._config,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from model.config import GemmaConfig
 from model.gemma.forward import final_hidden
 from model.gemma.weights import GemmaWeights
+from model.kernels.back_product import back_product
 
 
 def score_gradient(
@@ -22,6 +23,9 @@ def score_gradient(
     logits: Float[Array, "rows vocab"],
     token_ids: Int[Array, " rows"],
     amounts: Float[Array, " rows"],
+    num_real: Int[Array, ""],
+    *,
+    is_native: bool,
 ) -> Float[Array, "rows width"]:
     """The derivative of ``sum(amounts · log p(token_ids))`` by each row of ``x``.
 
@@ -32,11 +36,16 @@ def score_gradient(
         logits: That the head made of it, after the soft cap.
         token_ids: One behind each place.
         amounts: How much each counts; 0 for places that only fill up the shape.
+        num_real: Places in front of those; native products compute no more.
+        is_native: The native kernel weighs the rows of the table, not XLA.
     """
     of_token = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
     by_hidden = weights.embeddings[token_ids] * _slope(config, of_token)
     probabilities = jax.nn.softmax(logits, axis=-1) * _slope(config, logits)
-    by_hidden -= probabilities @ weights.embeddings
+    if is_native:
+        by_hidden -= back_product(probabilities, weights.embeddings, num_real)
+    else:
+        by_hidden -= probabilities @ weights.embeddings
     _, pull_back = jax.vjp(lambda rows: final_hidden(config, weights, rows[None])[0], x)
     [by_x] = pull_back(by_hidden * amounts[:, None])
     found: Array = by_x

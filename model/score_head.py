@@ -1,8 +1,9 @@
 """What is told of a score: likelihoods of given tokens, from the residual stream before each.
 
 A fixed number of places goes through the head together, whoever they belong to; so the memory that
-it takes does not grow with the length of a text. The product always has the same shape, and
-everything else is done place by place, so neither a neighbour nor the number of them changes a bit.
+it takes does not grow with the length of a text. XLA's product always has the same shape, a row of
+the kernel's is its own affair, and everything else is done place by place; so neither a neighbour
+nor the number of them changes a bit.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import GemmaConfig
-from model.gemma.forward import head
+from model.gemma.attention import soft_cap
+from model.gemma.forward import final_hidden, head
 from model.gemma.weights import GemmaWeights
+from model.kernels.product import product
 from model.slots import MAX_LOGPROBS
 
 # Up to here the series of the exponential is right to all digits.
@@ -69,6 +72,8 @@ def score_rows(
     weights: GemmaWeights,
     x: Float[Array, "rows width"],
     asked: AskedRows,
+    *,
+    is_native: bool,
 ) -> HeadOutputs:
     """Final norm, tied table, and what is asked of the result.
 
@@ -77,8 +82,15 @@ def score_rows(
         weights: Of the model.
         x: The residual stream after the last block, at each place.
         asked: About them.
+        is_native: The native kernel makes the logits, of the real places only; those of others are
+            zeros then.
     """
-    logits = head(config, weights, x[None])[0].astype(jnp.float32)
+    if is_native:
+        hidden = final_hidden(config, weights, x[None])[0]
+        logits = product(hidden, weights.embeddings, asked.num_rows)
+        logits = soft_cap(logits, config.final_soft_cap)
+    else:
+        logits = head(config, weights, x[None])[0].astype(jnp.float32)
     # What follows goes row by row and must not be fused with what has all rows.
     logits = jax.lax.optimization_barrier(logits)
     (rows, vocab), pairs = logits.shape, asked.pair_ids.shape[0]

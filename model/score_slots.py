@@ -29,7 +29,7 @@ from model.slots import EngineOptions
 # Texts that may be half read at once.
 SCORE_SLOTS = 3
 # Places that are measured together, and pairs of a place and a token.
-HEAD_ROWS = 32
+HEAD_ROWS = 16
 HEAD_PAIRS = 64
 
 # The residual stream at one place; what it is, only the engine knows.

@@ -29,20 +29,28 @@ class Scores:
         config: Of the model.
         weights: Of the model.
         programs: Of the engine, filled by it.
+        is_native: Logits are the native kernel's.
     """
 
     def __init__(
-        self, config: GemmaConfig, weights: GemmaWeights, programs: dict[str, Callable[..., Any]]
+        self,
+        config: GemmaConfig,
+        weights: GemmaWeights,
+        programs: dict[str, Callable[..., Any]],
+        *,
+        is_native: bool,
     ) -> None:
         self._config = config
         self._weights = weights
         self._programs = programs
+        self._is_native = is_native
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
         x = jax.ShapeDtypeStruct((HEAD_ROWS, self._config.hidden_dim), jnp.float32)
         asked = _asked_rows(())
-        return [ProgramSpec("score", partial(score_rows, self._config), (self._weights, x, asked))]
+        score = partial(score_rows, self._config, is_native=self._is_native)
+        return [ProgramSpec("score", score, (self._weights, x, asked))]
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
         """See `model.score_slots.ScoreEngine.measure`."""

@@ -14,11 +14,8 @@ from model.attribution_questions import (
     AttributionQuestion,
     passes,
 )
-from model.block_gradient import SequenceRows, block_backward
 from model.errors import RequestInvalid, SequenceTooLong, TokenOutOfRange
-from model.gemma.block import block, layer_traits
 from model.gemma.forward import EMBEDDING_LAYER, forward
-from model.gemma.projection import AdapterTerm
 from model.integration_path import START, IntegrationPath
 from model.intervention_slots import Intervention, Touch
 from tests import goldens
@@ -288,34 +285,6 @@ def test_nothing_compiles_for_an_attribution_once_an_engine_is_loaded(engine_of)
         for layer in (-1, 6):
             answer(engine, AttributionQuestion((text,), num_tokens, layer, num_steps))
     assert engine.num_compilations == before
-
-
-def test_an_adapter_is_in_the_derivative_of_a_block(engine_of):
-    """What training will ask of the same function."""
-    model = goldens.backbone("gemma3_tiny")
-    config, weights, traits = (
-        model.config,
-        model.gemma_weights.blocks[0],
-        layer_traits(model.config)[0],
-    )
-    draw = np.random.default_rng(0)
-    x, by_after = (jnp.asarray(draw.normal(size=(2, 6, 32)), jnp.float32) for _ in range(2))
-    heads = (2, 4, 32, 3), (2, 4, 3, 16)
-    terms = {
-        "query": AdapterTerm(*(jnp.asarray(draw.normal(size=size), jnp.float32) for size in heads))
-    }
-    ids = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
-    rows = SequenceRows(ids, jnp.zeros_like(ids))
-    mask = jnp.ones((2, 6), bool)
-
-    def number(given, adapters):
-        after, _ = block(config, weights, traits, given, ids, padding_mask=mask, adapters=adapters)
-        return (after * by_after).sum()
-
-    for adapters in (None, terms):
-        found = block_backward(config, weights, traits, x, rows, by_after, adapters)
-        close(found, jax.grad(number)(x, adapters), 1e-5)
-    assert not np.allclose(jax.grad(number)(x, None), jax.grad(number)(x, terms))
 
 
 def changed(x, intervention, is_touched):

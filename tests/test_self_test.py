@@ -16,6 +16,7 @@ from model.errors import SelfTestFailed
 from model.kernels.library import load_kernels
 from model.progress import no_progress
 from model.score_self_test import compare_scores
+from model.score_slots import HEAD_ROWS
 from model.self_test import compare_bits
 from model.self_test_record import claim_of, keep_result, kept_result
 from model.slots import EngineInfo, EngineOptions, SampledToken, SelfTest
@@ -35,7 +36,7 @@ CHUNKS = (64, 128, 256)
 # rows in two orders.
 PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7 + 7 * (3 + 3) + 2 * 4)
 # A continuation of 11 tokens in three companies, and a full batch of the head.
-NUM_SCORES = 3 * 11 + 32
+NUM_SCORES = 3 * 11 + HEAD_ROWS
 # Of three rows the losses of 15, 10 and 7 tokens, and of each the A and B of seven projections.
 NUM_TRAINED = 15 + 10 + 7 + 3 * 2 * 7
 KERNELS = "avx2 of-these-sources.so"
@@ -402,7 +403,7 @@ def test_one_unit_in_one_score_of_a_compiled_program_is_found(engine_of, monkeyp
         return outputs._replace(logprobs=logprobs)
 
     monkeypatch.setitem(engine._programs, "score", uneven)
-    with pytest.raises(SelfTestFailed, match="token that is scored gets other bits among 32"):
+    with pytest.raises(SelfTestFailed, match="token that is scored gets other bits among 16"):
         compare_scores(engine)
 
 
