@@ -35,10 +35,10 @@ import numpy as np
 START = 2.0**-10
 
 # Intervals that are halved by their values alone, of eight steps; and how many of these at first.
-_FIRST_EIGHTHS = 3
+_FIRST_EIGHTHS = 2
 _EQUAL_SHARE = 4
-# Intervals that are cut before the next ones are chosen.
-_CUT_TOGETHER = 4
+# Of that many steps, one interval is cut before the next ones are chosen.
+_STEPS_OF_CUT = 16
 # An interval that ends this many times as far from zero as it begins is halved geometrically.
 _FAR = 4.0
 
@@ -64,6 +64,7 @@ class IntegrationPath:
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
         self._num_first = max(num_steps * _FIRST_EIGHTHS // 8, 1)
+        self._num_together = max(num_steps // _STEPS_OF_CUT, 1)
         self._values: dict[float, float] = {}
         self._slopes: dict[float, float] = {}
         self._intervals: list[_Interval] = []
@@ -131,12 +132,12 @@ class IntegrationPath:
         ]
         missing = self._num_first - len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -amounts[i])
-        return [_half(*pairs[i]) for i in sorted(order[: min(missing, _CUT_TOGETHER)])]
+        return [_half(*pairs[i]) for i in sorted(order[: min(missing, self._num_together)])]
 
     def _cut(self) -> None:
         """Cuts the intervals whose slope explains their change least."""
         order = sorted(self._intervals, key=lambda each: -self._difference(each))
-        count = min(_CUT_TOGETHER, (self._num_steps - len(self._slopes)) // 2)
+        count = min(self._num_together, (self._num_steps - len(self._slopes)) // 2)
         for each in order[:count]:
             third = (each.high - each.low) / 3
             first, second = each.low + third, each.high - third
