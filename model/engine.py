@@ -49,7 +49,7 @@ from model.programs import CompilationCounter, use_compile_cache
 from model.progress import Progress
 from model.rule_rows import RuleArrays
 from model.score_self_test import compare_scores
-from model.score_slots import SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.score_slots import HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.scores import Scores, wanted_residuals
 from model.search_slots import BeamStep, CandidateStep, Choice, Extension
 from model.searches import Searches
@@ -215,6 +215,7 @@ class GemmaEngine:
             packed_prompts=MAX_PACKED_PROMPTS,
             joined_tokens=JOINED_TOKENS if self._joined else 0,
             joined_rows=JOINED_ROWS if self._joined else 0,
+            head_places=HEAD_ROWS // 2 if self._kernels.is_native else 0,
             keeps_prefixes=self._prefixes.max_blocks > 0,
             buckets={
                 "decode_rows": [*self._row_buckets],

@@ -21,7 +21,7 @@ from service.protocol.messages import (
 )
 from service.worker.admission import Refusal
 from service.worker.score_inputs import MAX_TOLD_TOKENS
-from tests.fakes.arithmetic_engine import NOT_FINITE
+from tests.fakes.arithmetic_engine import HEAD_PLACES, NOT_FINITE
 from tests.test_loop import NUM_SLOTS, Worker, generate
 
 
@@ -200,6 +200,24 @@ def test_parts_of_scores_and_steps_take_turns():
     assert all(pair != ("part", "part") for pair in itertools.pairwise(kinds))
     # Four chunks, and the head after every second one.
     assert kinds.count("part") == 4 + 2
+
+
+@pytest.mark.parametrize("is_accompanied", [False, True], ids=["alone", "beside"])
+def test_beside_a_stream_the_head_takes_few_places_at_once(is_accompanied):
+    worker = ScoreWorker()
+    if is_accompanied:
+        worker.submit(generate("a", (1,), max_tokens=60))
+        worker.turn()
+    worker.score(score("s", ScoredText("1 " * 30)))
+    counts = []
+    measure = worker.engine.measure
+    worker.engine.measure = lambda places: counts.append(len(places)) or measure(places)
+    worker.run()
+    assert sum(counts) == 30
+    assert max(counts) == (HEAD_PLACES if is_accompanied else 12)
+    [[target]] = [each.targets for each in worker.found("s")]
+    # Of ones behind 0, 1, 2, … in all.
+    assert target.logprob == sum(logprob([1] * number, 1) for number in range(30))
 
 
 def test_a_score_that_is_cancelled_ends_and_the_next_one_is_not_disturbed():

@@ -332,7 +332,7 @@ class Loop:
         self._flush()
         is_accompanied = self._scheduler.num_decoding > 0
         until = time.monotonic() + self._pace.score_seconds(is_accompanied=is_accompanied)
-        self._events += self._scores.step(until)
+        self._events += self._scores.step(until, is_accompanied=is_accompanied)
 
     def _train(self) -> None:
         """A step of the others follows."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from model.attribution_questions import AttributionEngine
 from model.errors import ModelError
 from model.intervention_slots import Captured
-from model.score_slots import SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.score_slots import HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from service.protocol.messages import Event, Failed
 from service.worker.adapter_desk import NO_ADAPTER, AdapterDesk
 from service.worker.admission import Admission
@@ -71,6 +71,8 @@ class ScoreDesk:
         # Of each piece that is being read; its request may end meanwhile.
         self._num_captures: list[int] = []
         self._num_chunks = 0
+        self._head_places = HEAD_ROWS
+        self._head_places_beside = info.head_places or HEAD_ROWS
         self._attributions = AttributionDesk(engine, admission, work, clock)
         self._was_attribution_turn = True
 
@@ -103,8 +105,12 @@ class ScoreDesk:
         expired = [request for request in self._requests.values() if request.deadline <= now]
         return [self._fail(request, "deadline_exceeded", detail) for request in expired]
 
-    def step(self, until: float) -> list[Event]:
-        """One part of the work, up to about ``until`` (monotonic seconds); how requests ended."""
+    def step(self, until: float, *, is_accompanied: bool) -> list[Event]:
+        """One part of the work, up to about ``until`` (monotonic seconds); how requests ended.
+
+        Accompanied by rows that decode, the head takes no longer than a step.
+        """
+        self._head_places = self._head_places_beside if is_accompanied else HEAD_ROWS
         has_texts = bool(self._places) or self._reading is not None or self._line.has_work
         is_turn = not (has_texts and self._was_attribution_turn)
         self._was_attribution_turn = self._attributions.has_work and is_turn
@@ -210,7 +216,7 @@ class ScoreDesk:
 
     def _measure(self) -> list[Event]:
         """The places that waited longest, as many as the head takes."""
-        places = self._places.pop_together()
+        places = self._places.pop_together(self._head_places)
         asked: list[AskedPlace] = []
         for place in places:
             asked += place.asked(len(asked))

@@ -98,15 +98,15 @@ class WaitingPlaces:
         is_full = self._num_rows >= HEAD_ROWS
         return is_full or not is_more_coming or waited >= _MAX_CHUNKS_WAITED
 
-    def pop_together(self) -> list[WaitingPlace]:
-        """Those that waited longest, as many as the head takes."""
+    def pop_together(self, most_rows: int = HEAD_ROWS) -> list[WaitingPlace]:
+        """Those that waited longest, as many as the head takes; at least one."""
         popped: list[WaitingPlace] = []
         num_rows = num_pairs = 0
         while self._waiting:
             place = self._waiting[0]
             num_rows += len(place.residuals)
             num_pairs += len(place.residuals) * len(place.token_ids)
-            if num_rows > HEAD_ROWS or num_pairs > HEAD_PAIRS:
+            if popped and (num_rows > most_rows or num_pairs > HEAD_PAIRS):
                 break
             popped.append(self._waiting.popleft())
             self._num_rows -= len(place.residuals)

@@ -46,6 +46,8 @@ BOS_ID = 0
 EOS_ID = 999
 TURN_IDS = (997, 998)
 CHUNK_TOKENS = 4
+# That the head of scores takes between two steps.
+HEAD_PLACES = 8
 
 
 def next_token(tokens: Sequence[int], seed: int = 0) -> int:
@@ -119,6 +121,7 @@ class ArithmeticEngine(
             packed_prompts=2,
             joined_tokens=self.joined_tokens,
             joined_rows=3 if self.joined_tokens else 0,
+            head_places=HEAD_PLACES,
             keeps_prefixes=self._options.prefix_cache_bytes > 0,
             adapter_slots=self._options.adapter_slots,
             adapter_max_rank=self._options.adapter_max_rank,
