@@ -3,7 +3,8 @@
 `loglikelihood`, of a continuation behind a context, and `loglikelihood_rolling`, of a whole text,
 over HTTP with texts; and the same from transformers in a process of its own, which gets token ids
 and batches of 8, in turns. Ours come once as a call for each request, 16 at a time, and once as a
-call for each 64 contexts with their choices. Prints Markdown.
+call for each 64 contexts with their choices. Then what is captured after the last block, beside
+what enters the final norm there. Prints Markdown.
 """
 
 import os
@@ -11,6 +12,8 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 from bench.environments import default_directory, environment
 from bench.model_files import model_files
@@ -87,6 +90,14 @@ class Harness:
         answer = self._client.score([{"text": text} for text in texts])
         return [_sum(result.targets[0].logprob) for result in answer.results]
 
+    def last_stream(self, text: str, num_tokens: int) -> np.ndarray:
+        """The residual stream after the last block at each token."""
+        last = self._client.info().layers - 1
+        capture = [{"layers": [last], "positions": "all", "dtype": "float32"}]
+        [result] = self._client.score([{"text": text}], capture=capture).results
+        numbers = np.frombuffer(result.captures[0].tensor.data, "<f4")
+        return numbers.reshape(num_tokens, -1).astype(np.float64)
+
 
 def _sum(logprob: float | None) -> float:
     assert logprob is not None, "it is asked for by default"
@@ -132,6 +143,9 @@ def main() -> None:
                 farthest = max(farthest, _distance(ours, theirs["logprobs"]))
         their_rolling = peer.ask({"rows": rolling, "batch_size": _BATCH_SIZE})["logprobs"]
         farthest_rolling = _distance(harness.loglikelihood_rolling(texts), their_rolling)
+        stream = np.array(peer.ask({"stream_of": rolling[0][0]})["stream"])
+        captured = harness.last_stream(texts[0], len(stream))
+        wrong = np.linalg.norm(captured - stream) / np.linalg.norm(stream)
     right = sum(max(ours[i : i + 4]) == ours[i] for i in range(0, len(ours), _NUM_CHOICES))
     lines = [
         f"Load before: {load:.2f}. {', '.join(map(' '.join, versions.items()))}.",
@@ -149,6 +163,8 @@ def main() -> None:
         "",
         f"Log-likelihoods differ by at most {farthest:.1e} (asked: 2e-3), of {len(texts)} whole "
         f"texts by {farthest_rolling:.1e}. {right} of {len(given)} right.",
+        "",
+        f"The stream after the last block differs by {wrong:.1e} of its norm at {len(stream)} tokens.",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -3,6 +3,8 @@
 ``{"rows": [[ids, num_scored], ...], "batch_size": 8}`` is answered by ``{"seconds": ...,
 "logprobs": [...]}``: of each row, the sum for its last ``num_scored`` tokens. The longest rows go
 first, so many together as ``batch_size``, padded on the right.
+``{"stream_of": ids}`` is answered by ``{"stream": [[...], ...]}``, what enters the final norm at
+each token.
 """
 
 import sys
@@ -30,7 +32,18 @@ def main(directory):
             sums.append(logprobs[number, places, targets].sum().item())
         return sums
 
+    @torch.inference_mode()
+    def stream_of(ids):
+        entered = []
+        norm = model.get_decoder().norm
+        with norm.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+            model(input_ids=torch.tensor([ids]))
+        [stream] = entered
+        return stream[0].tolist()
+
     def answer(question):
+        if "stream_of" in question:
+            return {"stream": stream_of(question["stream_of"])}
         rows, size = question["rows"], question["batch_size"]
         began = time.perf_counter()
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
