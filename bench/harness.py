@@ -21,6 +21,7 @@ from bench.peer_process import PeerProcess
 from bench.run_options import PRESET, fresh_service, stage
 from model.opened_preset import codec_of
 from model.presets.resolve import open_preset
+from model.slots import TextCodec
 from service.client import GemmaClient
 from service.settings import Settings
 
@@ -44,6 +45,7 @@ _CONTEXTS = (
 _NUM_CHOICES = 4
 
 Request = tuple[str, str]
+Row = tuple[list[int], int]
 
 
 def documents() -> list[tuple[str, list[str]]]:
@@ -107,16 +109,11 @@ def _sum(logprob: float | None) -> float:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
     codec = codec_of(open_preset(PRESET, Settings().cache_dir))
-    assert codec.bos_id is not None, "the demo model has a tokenizer"
-    bos = codec.bos_id
     given = documents()
     requests = [(context, target) for context, targets in given for target in targets]
-    rows = []
-    for context, target in requests:
-        whole = codec.encode(context + target)
-        rows.append(([bos, *whole], len(whole) - len(codec.encode(context))))
+    rows = [_row(codec, *request) for request in requests]
     texts = [context + targets[0] + "." for context, targets in given[::7]]
-    rolling = [([bos, *ids], len(ids)) for ids in map(codec.encode, texts)]
+    rolling = [_row(codec, "", text) for text in texts]
     directory = default_directory()
     stage("environment and weights of transformers")
     python = environment("transformers", directory)
@@ -167,6 +164,13 @@ def main() -> None:
         f"The stream after the last block differs by {wrong:.1e} of its norm.",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _row(codec: TextCodec, context: str, continuation: str) -> Row:
+    """Token ids, and how many of the last ones are scored."""
+    assert codec.bos_id is not None, "the demo model has a tokenizer"
+    whole = codec.encode(context + continuation)
+    return [codec.bos_id, *whole], len(whole) - len(codec.encode(context))
 
 
 def _distance(ours: list[float], theirs: list[float]) -> float:

@@ -20,7 +20,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from model.config import GemmaConfig
-from model.gemma.block import LayerTraits, block
+from model.gemma.block import LayerTraits, Project, block
 from model.gemma.projection import projection
 from model.gemma.weights import BlockWeights
 from model.kernels.back_product import back_product
@@ -37,6 +37,21 @@ class SequenceRows(NamedTuple):
 
     positions: Int[Array, "batch seq"]
     sequences: Int[Array, "batch seq"]
+
+
+def after_block(
+    config: GemmaConfig,
+    weights: BlockWeights,
+    traits: LayerTraits,
+    x: Float[Array, "1 tokens width"],
+    rows: SequenceRows,
+    project: Project,
+) -> Float[Array, "1 tokens width"]:
+    """The residual stream after a block of which ``project`` makes the products."""
+    after, _ = block(
+        config, weights, traits, x, rows.positions, sequences=rows.sequences, project=project
+    )
+    return after
 
 
 def block_forward(
@@ -70,10 +85,7 @@ def block_forward(
             kept[field] = made
         return made
 
-    after, _ = block(
-        config, weights, traits, x, rows.positions, sequences=rows.sequences, project=project
-    )
-    return after, kept
+    return after_block(config, weights, traits, x, rows, project), kept
 
 
 def block_backward(
@@ -99,19 +111,9 @@ def block_backward(
             return _kept_product(is_native, inner, weight, kept[field], num_real)
         return _projected(inner, weight, num_real, is_native=is_native)
 
-    def run(before: Array) -> Array:
-        after, _ = block(
-            config,
-            weights,
-            traits,
-            before,
-            rows.positions,
-            sequences=rows.sequences,
-            project=project,
-        )
-        return after
-
-    _, pull_back = jax.vjp(run, x)
+    _, pull_back = jax.vjp(
+        lambda before: after_block(config, weights, traits, before, rows, project), x
+    )
     [by_x] = pull_back(derivative)
     found: Array = by_x
     return found

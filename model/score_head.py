@@ -85,14 +85,10 @@ def score_rows(
         is_native: The native kernel makes the logits, of the real places only; those of others are
             zeros then.
     """
-    if is_native:
-        hidden = final_hidden(config, weights, x[None])[0]
-        logits = product(hidden, weights.embeddings, asked.num_rows)
-        logits = soft_cap(logits, config.final_soft_cap)
-    else:
-        logits = head(config, weights, x[None])[0].astype(jnp.float32)
     # What follows goes row by row and must not be fused with what has all rows.
-    logits = jax.lax.optimization_barrier(logits)
+    logits = jax.lax.optimization_barrier(
+        _logits(config, weights, x, asked.num_rows, is_native=is_native)
+    )
     (rows, vocab), pairs = logits.shape, asked.pair_ids.shape[0]
     num_top = min(MAX_LOGPROBS, vocab)
     nothing = _RowMeasures(
@@ -131,6 +127,20 @@ def score_rows(
     )
     tops = (of_rows.top_ids, of_rows.top_logprobs)
     return HeadOutputs(logits, of_rows.is_finite, logprobs, ranks, *tops, divergences)
+
+
+def _logits(
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    x: Float[Array, "rows width"],
+    num_real: Int[Array, ""],
+    *,
+    is_native: bool,
+) -> Float[Array, "rows vocab"]:
+    if not is_native:
+        return head(config, weights, x[None])[0].astype(jnp.float32)
+    hidden = final_hidden(config, weights, x[None])[0]
+    return soft_cap(product(hidden, weights.embeddings, num_real), config.final_soft_cap)
 
 
 def _divergence(p: Float[Array, " vocab"], q: Float[Array, " vocab"]) -> Float[Array, ""]:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.block_gradient import SequenceRows
+from model.block_gradient import SequenceRows, after_block
 from model.config import GemmaConfig
-from model.gemma.block import LayerTraits, block
+from model.gemma.block import LayerTraits
 from model.gemma.weights import BlockWeights
 from model.kernels.back_product import back_product
 from model.kernels.product import product
@@ -68,10 +68,7 @@ def forward_keeping(
         kept[field] = _with_pairs(made, flat, pairs[field], tiles)
         return kept[field][None]
 
-    after, _ = block(
-        config, weights, traits, x, rows.positions, sequences=rows.sequences, project=project
-    )
-    return after, kept
+    return after_block(config, weights, traits, x, rows, project), kept
 
 
 def backward_from_kept(
@@ -104,16 +101,7 @@ def backward_from_kept(
             given = (getattr(weights, field), kept[field], pairs[field], tiles)
             return _kept_product(is_native, inner[0], row_pairs[field], *given)[None]
 
-        after, _ = block(
-            config,
-            weights,
-            traits,
-            before,
-            rows.positions,
-            sequences=rows.sequences,
-            project=project,
-        )
-        return after
+        return after_block(config, weights, traits, before, rows, project)
 
     _, pull_back = jax.vjp(run, x, row_pairs)
     by_x, by_pairs = pull_back(derivative)

@@ -71,7 +71,6 @@ class ScoreDesk:
         # Of each piece that is being read; its request may end meanwhile.
         self._num_captures: list[int] = []
         self._num_chunks = 0
-        self._head_places = HEAD_ROWS
         self._head_places_beside = info.head_places or HEAD_ROWS
         self._attributions = AttributionDesk(engine, admission, work, clock)
         self._was_attribution_turn = True
@@ -110,20 +109,20 @@ class ScoreDesk:
 
         Accompanied by rows that decode, the head takes no longer than a step.
         """
-        self._head_places = self._head_places_beside if is_accompanied else HEAD_ROWS
+        head_places = self._head_places_beside if is_accompanied else HEAD_ROWS
         has_texts = bool(self._places) or self._reading is not None or self._line.has_work
         is_turn = not (has_texts and self._was_attribution_turn)
         self._was_attribution_turn = self._attributions.has_work and is_turn
         if self._was_attribution_turn:
             return self._end_attribution(self._attributions.step(until))
         if self._is_head_due():
-            return self._measure()
+            return self._measure(head_places)
         events: list[Event] = []
         if self._reading is None:
             events = self._begin_reading()
         if self._reading is None:
             # Adapters are awaited that others use; the head need not wait for them as well.
-            return events + (self._measure() if self._places else [])
+            return events + (self._measure(head_places) if self._places else [])
         if run_until(self._layers, until, self._clock):
             return events + self._take_residuals()
         return events
@@ -214,9 +213,9 @@ class ScoreDesk:
         self._forget(request)
         return [request.scored(self._clock())]
 
-    def _measure(self) -> list[Event]:
-        """The places that waited longest, as many as the head takes."""
-        places = self._places.pop_together(self._head_places)
+    def _measure(self, most_rows: int) -> list[Event]:
+        """The places that waited longest, of no more rows than these."""
+        places = self._places.pop_together(most_rows)
         asked: list[AskedPlace] = []
         for place in places:
             asked += place.asked(len(asked))

@@ -98,8 +98,8 @@ class WaitingPlaces:
         is_full = self._num_rows >= HEAD_ROWS
         return is_full or not is_more_coming or waited >= _MAX_CHUNKS_WAITED
 
-    def pop_together(self, most_rows: int = HEAD_ROWS) -> list[WaitingPlace]:
-        """Those that waited longest, as many as the head takes; at least one."""
+    def pop_together(self, most_rows: int) -> list[WaitingPlace]:
+        """Those that waited longest, of at most so many rows; at least one."""
         popped: list[WaitingPlace] = []
         num_rows = num_pairs = 0
         while self._waiting:
