@@ -119,17 +119,13 @@ class _Line:
 def _integrate(line: _Line, found: "_Found") -> Generator[bool, None, None]:
     """What each number of the stream adds to the change along the line."""
     path = IntegrationPath(found.question.num_steps)
-    derivatives: dict[float, Stream] = {}
-    while not path.is_done:
-        values = yield from line.values(path.wanted_values())
-        path.note_values(values)
-        scales = path.wanted_slopes()
-        for scale, derivative in zip(scales, (yield from line.derivatives(scales)), strict=True):
-            derivatives[scale] = derivative
-            path.note_slope(scale, float((derivative * line.stream).sum(dtype=np.float64)))
+    while wanted := path.wanted_values():
+        path.note_values((yield from line.values(wanted)))
+    scales, lengths = zip(*path.steps(), strict=True)
+    derivatives = yield from line.derivatives(scales)
     added = np.zeros(line.stream.shape)
-    for scale, length in path.weights():
-        added += length * derivatives[scale]
+    for length, derivative in zip(lengths, derivatives, strict=True):
+        added += length * derivative
     found.add(added * line.stream)
     found.change += path.change
 

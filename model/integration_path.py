@@ -2,60 +2,68 @@
 
 Along this line a log-probability lies still for long stretches, and changes within a thousandth of
 it somewhere, where attention turns to another token. Points at equal distances miss that place:
-with 64 of them half of the change was missing. So the line is cut into intervals. Values at their
-borders, which cost a third of a derivative, say how much changes in each; one derivative in the
-middle says what that would be if it were the same all along. The interval where the two differ most
-is cut into three, of which the one in the middle has its derivative already::
+with 64 of them half of the change was missing. A value costs a quarter of a derivative, so values
+look first, and derivatives are spent on what they found:
 
-    |           x           |           x           |     differs here
-    |           x           |   x   |   x   |   x   |
+1. Values at equal distances, and then between those where the slope changes most, until a curve
+   through those that are known foretells the next ones::
+
+       |       |       |       |   |   |||||   |       |       |
+
+2. The line is cut into as many intervals as there are steps. Each holds the same share of a sum: of
+   how much the value goes up and down, of the length, and of the length in powers. Where the stream
+   is still small, the value may rest while tokens take over from each other; norms see the
+   direction alone, so what counts there is by how many times the stream has grown.
+3. An interval stands for its length times one derivative. It is taken where the slope of the curve
+   through the values is what the interval changes by, divided by its length. There is such a place
+   in each (mean value theorem). Half of all intervals bend one way there and half the other, but
+   the middles of as many are off by 4 % of the change.
 
 At zero itself there is nothing to integrate. What enters a norm there has no direction, so that the
-value at zero and that just beside it have nothing in common. The line begins at `START`. From there
-on what counts is by how many times the stream has grown: norms see its direction alone, which turns
-where it becomes as large as what the blocks add. So an interval whose end is far from its beginning
-in this sense is halved in this sense.
+value at zero and that just beside it have nothing in common. The line begins at `START`.
 
-In the end an interval stands for its length times the derivative in its middle, and for how much
-that bends between the middles of its neighbours: a parabola through the three, integrated. No
-weight is negative.
-
-Source, of points where values change: Bhat and Raychowdhury 2023,
-https://arxiv.org/abs/2302.11107.
+Sources: Sundararajan, Taly and Yan 2017, https://arxiv.org/abs/1703.01365; of points where values
+change: Bhat and Raychowdhury 2023, https://arxiv.org/abs/2302.11107; of the curve: Akima 1970,
+https://doi.org/10.1145/321607.321609.
 """
 
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
+from scipy.interpolate import Akima1DInterpolator
 
 # The baseline: zero, to three places of the stream.
 START = 2.0**-10
 
-# Intervals that are halved by their values alone, of eight steps; and how many of these at first.
-_FIRST_EIGHTHS = 2
-_EQUAL_SHARE = 4
-# Of that many steps, one interval is cut before the next ones are chosen.
-_STEPS_OF_CUT = 16
+# Values for each derivative: at least so many, and more up to so many while one of the last round
+# was further from what was foretold than this share of the change, or than rounding explains.
+_LEAST_A_STEP = 3
+_MOST_A_STEP = 16
+_FORETOLD = 5e-5
+_ROUNDING = 2e-5
+# Of a round, for each derivative, and at least; the first has equal distances.
+_ROUND_A_STEP = 0.25
+_LEAST_TOGETHER = 8
 # An interval that ends this many times as far from zero as it begins is halved geometrically.
 _FAR = 4.0
+# What length counts against all ups and downs: where values go, and where derivatives do.
+_LENGTH_OF_VALUES = 0.3
+_LENGTH_OF_STEPS = 0.3
+_POWERS_OF_STEPS = 0.3
+# Points at which the curve is looked at between two values, and within a step.
+_FINE = 9
+_TRIED = 33
+# Slopes of a straight line differ by rounding.
+_SAME_SLOPE = 1e-6
 
-
-@dataclass(frozen=True, slots=True)
-class _Interval:
-    """Between two scales; ``middle`` is where its derivative is taken."""
-
-    low: float
-    high: float
-    middle: float
+Numbers = Float64[np.ndarray, " numbers"]
 
 
 class IntegrationPath:
-    """Asks for values and slopes, in turns, until it has as many slopes as there are steps.
-
-    A slope is the derivative by the scale. With an odd number left over, there is one less.
+    """Asks for values, in rounds, and then tells where derivatives are to be taken.
 
     Args:
         num_steps: At least one.
@@ -63,16 +71,12 @@ class IntegrationPath:
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
-        self._num_first = max(num_steps * _FIRST_EIGHTHS // 8, 1)
-        self._num_together = max(num_steps // _STEPS_OF_CUT, 1)
+        self._num_least = _LEAST_A_STEP * num_steps
+        self._num_most = _MOST_A_STEP * num_steps
+        self._num_together = max(math.ceil(_ROUND_A_STEP * num_steps), _LEAST_TOGETHER)
         self._values: dict[float, float] = {}
-        self._slopes: dict[float, float] = {}
-        self._intervals: list[_Interval] = []
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing more is to be asked for."""
-        return bool(self._slopes) and self._num_steps - len(self._slopes) < 2
+        # Of the last round: how far a value was from what the others foretold, at most.
+        self._surprise = math.inf
 
     @property
     def change(self) -> float:
@@ -80,77 +84,87 @@ class IntegrationPath:
         return self._values[1.0] - self._values[START]
 
     def wanted_values(self) -> list[float]:
-        """Scales at which values are to be told next."""
-        if not self._values:
-            num_equal = max(self._num_first // _EQUAL_SHARE, 1)
-            scales: list[float] = np.linspace(START, 1.0, num_equal + 1).tolist()
+        """Scales at which values are to be told next; none if there are enough."""
+        count = len(self._values)
+        if not count:
+            scales: list[float] = np.linspace(START, 1.0, self._num_together + 1).tolist()
             return scales
-        if len(self._values) <= self._num_first:
-            return self._halves()
-        if not self._slopes:
-            return []
-        self._cut()
-        borders = {border for each in self._intervals for border in (each.low, each.high)}
-        return sorted(borders - self._values.keys())
+        is_foretold = self._surprise <= max(_FORETOLD * abs(self.change), _ROUNDING)
+        wanted = self._num_least if is_foretold else self._num_most
+        return self._between(min(wanted - count, self._num_together)) if count < wanted else []
 
     def note_values(self, values: Mapping[float, float]) -> None:
         """Answers `wanted_values`."""
+        if self._values:
+            scales = np.array(list(values))
+            foretold = Akima1DInterpolator(*self._known())(scales)
+            self._surprise = float(np.abs(foretold - list(values.values())).max())
         self._values |= values
-        if not self._slopes and len(self._values) > self._num_first:
-            pairs = itertools.pairwise(sorted(self._values))
-            self._intervals = [_Interval(low, high, (low + high) / 2) for low, high in pairs]
 
-    def wanted_slopes(self) -> list[float]:
-        """Scales at which derivatives are to be told next; none while values are still missing."""
-        return [each.middle for each in self._intervals if each.middle not in self._slopes]
-
-    def note_slope(self, scale: float, slope: float) -> None:
-        """Answers one of `wanted_slopes`."""
-        self._slopes[scale] = slope
-
-    def weights(self) -> list[tuple[float, float]]:
-        """Each scale of a derivative with the length of line that it stands for."""
-        middles = np.array([each.middle for each in self._intervals])
-        lengths = np.array([each.high - each.low for each in self._intervals])
-        weights = lengths.copy()
-        if len(middles) > 2:
-            # The second derivative in the middle one of three, as shares of theirs.
-            before, behind = np.diff(middles)[:-1], np.diff(middles)[1:]
-            bend = lengths[1:-1] ** 3 / 24 * 2 / (before * behind * (before + behind))
-            weights[:-2] += bend * behind
-            weights[1:-1] -= bend * (before + behind)
-            weights[2:] += bend * before
-        return list(zip(middles.tolist(), weights.tolist(), strict=True))
-
-    def _halves(self) -> list[float]:
-        """Middles of intervals: where most of the change is, and the longest of those alike."""
-        pairs = list(itertools.pairwise(sorted(self._values)))
-        changes = [abs(self._values[high] - self._values[low]) for low, high in pairs]
-        total = sum(changes) or 1.0
-        amounts = [
-            change / total + high - low for change, (low, high) in zip(changes, pairs, strict=True)
+    def steps(self) -> list[tuple[float, float]]:
+        """Scales of derivatives, each with the length of line that it stands for."""
+        scales, values = self._known()
+        curve = Akima1DInterpolator(scales, values)
+        borders = _equal_shares(scales, values, self._num_steps)
+        return [
+            (_mean_slope_at(curve, low, high), high - low)
+            for low, high in itertools.pairwise(borders)
         ]
-        missing = self._num_first - len(pairs)
-        order = sorted(range(len(pairs)), key=lambda i: -amounts[i])
-        return [_half(*pairs[i]) for i in sorted(order[: min(missing, self._num_together)])]
 
-    def _cut(self) -> None:
-        """Cuts the intervals whose slope explains their change least."""
-        order = sorted(self._intervals, key=lambda each: -self._difference(each))
-        count = min(self._num_together, (self._num_steps - len(self._slopes)) // 2)
-        for each in order[:count]:
-            third = (each.high - each.low) / 3
-            first, second = each.low + third, each.high - third
-            place = self._intervals.index(each)
-            self._intervals[place : place + 1] = [
-                _Interval(each.low, first, each.low + third / 2),
-                _Interval(first, second, each.middle),
-                _Interval(second, each.high, each.high - third / 2),
-            ]
+    def _known(self) -> tuple[Numbers, Numbers]:
+        scales = np.array(sorted(self._values))
+        return scales, np.array([self._values[scale] for scale in scales.tolist()])
 
-    def _difference(self, interval: _Interval) -> float:
-        change = self._values[interval.high] - self._values[interval.low]
-        return abs(change - (interval.high - interval.low) * self._slopes[interval.middle])
+    def _between(self, count: int) -> list[float]:
+        """Middles of the ``count`` intervals about which the values say least."""
+        scales, values = self._known()
+        lengths, changes = np.diff(scales), np.diff(values)
+        turns = np.abs(np.diff(changes / lengths))
+        bends = np.maximum(np.append(turns, 0.0), np.append(0.0, turns)) * lengths
+        unknown = _shares(bends) + _LENGTH_OF_VALUES * (lengths + _shares(np.abs(changes)))
+        chosen = np.sort(np.argsort(-unknown, kind="stable")[:count])
+        return [_half(float(scales[i]), float(scales[i + 1])) for i in chosen]
+
+
+def _equal_shares(scales: Numbers, values: Numbers, count: int) -> list[float]:
+    """Borders of ``count`` intervals that hold as much each."""
+    fine = np.unique([_points(low, high) for low, high in itertools.pairwise(scales.tolist())])
+    amounts = (
+        _shares(np.abs(np.diff(np.interp(fine, scales, values))))
+        + _LENGTH_OF_STEPS * np.diff(fine)
+        + _POWERS_OF_STEPS * np.diff(np.log(fine)) / -math.log(START)
+    )
+    before = np.append(0.0, np.cumsum(amounts))
+    inner = np.interp(np.linspace(0.0, before[-1], count + 1)[1:-1], before, fine)
+    return [START, *inner.tolist(), 1.0]
+
+
+def _points(low: float, high: float) -> Numbers:
+    """From one to the other, both exactly."""
+    points = np.geomspace(low, high, _FINE)
+    points[0], points[-1] = low, high
+    return points
+
+
+def _mean_slope_at(curve: Akima1DInterpolator, low: float, high: float) -> float:
+    """Where the curve rises as from one end to the other, and of such places the middlemost."""
+    tried = low + (high - low) * (np.arange(_TRIED) + 0.5) / _TRIED
+    slopes = curve(tried, nu=1)
+    beyond = slopes - (curve(high) - curve(low)) / (high - low)
+    places = tried[np.abs(beyond) <= _SAME_SLOPE * np.abs(slopes).max()].tolist()
+    for (before, first), (behind, second) in itertools.pairwise(
+        zip(tried.tolist(), beyond.tolist(), strict=True)
+    ):
+        if first * second < 0:
+            places.append(before + (behind - before) * first / (first - second))
+    if not places:
+        return float(tried[np.argmin(np.abs(beyond))])
+    return float(min(places, key=lambda place: abs(place - (low + high) / 2)))
+
+
+def _shares(amounts: Numbers) -> Numbers:
+    shares: Numbers = amounts / (amounts.sum() or 1.0)
+    return shares
 
 
 def _half(low: float, high: float) -> float:
