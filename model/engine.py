@@ -169,7 +169,9 @@ class GemmaEngine:
         self._joined: JoinedTurns | None = None
         if kernels.is_native:
             self._joined = JoinedTurns(
-                self._config, self._weights, self._rules, self._num_all_slots, self._programs
+                *(self._config, self._weights, self._traits, self._rules, self._bank),
+                num_rows=min(options.num_slots, JOINED_ROWS),
+                programs=self._programs,
             )
         self._streams = ChunkStreams(self._config, self._weights, self._programs)
         self._attributions = Attributions(
@@ -253,7 +255,7 @@ class GemmaEngine:
             *(() if self._batches is None else self._batches.program_specs()),
         ]
         if self._joined:
-            todo += self._joined.program_specs(self._states.tokens)
+            todo += self._joined.program_specs(self._states)
         total = len(todo) + 1.0
         texts = {}
         for done, spec in enumerate(todo):
@@ -311,7 +313,8 @@ class GemmaEngine:
         if self._joined:
             # Of a score: beside one slot there may be no other.
             prompt = PromptChunk(self._options.num_slots, [0], 0)
-            self.join([prompt], [DecodeRow(0, 0, rules)]).tokens()
+            num_rows = min(self._options.num_slots, JOINED_ROWS)
+            self.join([prompt], [DecodeRow(slot, 0, rules) for slot in range(num_rows)]).tokens()
         self._set_caches(self._searches.warm_up(self._states.caches))
         residual = np.zeros(self._config.hidden_dim, np.float32)
         self.measure([AskedPlace(residual, (0,), num_top=1)])
@@ -400,12 +403,8 @@ class GemmaEngine:
             self._check_chunk(chunk, is_alone=False)
         for row in rows:
             self._checked_adapter(row.adapter)
-        x, placed = self._joined.begin(self._states.tokens, chunks, rows)
-        for layer in range(self._config.num_layers):
-            x = self._run_block(layer, x, placed)
+        self._states, x, parts = self._joined.take(self._states, chunks, rows)
         self._searches.note_chunks(chunks, x)
-        tokens, parts = self._joined.finish(self._states.tokens, x, chunks, rows)
-        self._states = self._states._replace(tokens=tokens)
         return DeviceDispatch(parts)
 
     def copy(self, source: int, targets: Sequence[int], num_tokens: int) -> None:

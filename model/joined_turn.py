@@ -4,37 +4,43 @@ A block reads its weights once for all tokens that it is given, so a step beside
 costs little more than the part. The newest token of each row stands behind the prompts as one more
 prompt of one token; behind the blocks the rows go through the head and draw::
 
-    prompt  prompt  prompt  row  row        embed_joined
-    ------------------------------------    block[128, ...], as for chunks
-                            row  row        finish_joined
+    prompt  prompt  prompt  row  row        embedded
+    ------------------------------------    every block
+                            row  row        head, and a token for each
+
+All of it is one program, ``join``: between programs threads fall asleep and each wakes late, which
+with one for every block took an eighth of the turn. Rows beyond the first eight draw in
+``finish_joined``.
 
 It is for the native block alone, in which nothing but a token's own sequence enters its bits. With
 XLA a product of other shapes rounds otherwise, so there chunks and steps take turns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from model.adapter_bank import AdapterBank, BankArrays
 from model.config import GemmaConfig
-from model.decode import DecodeOutputs, RuleRows, draw_rows, goes_on, no_outputs
+from model.decode import DecodeOutputs, RuleRows, SlotStates, draw_rows, goes_on, no_outputs
 from model.dispatch import DispatchPart
+from model.gemma.block import LayerTraits
 from model.gemma.forward import final_hidden, scale_embeddings, unembed
 from model.gemma.padded_rows import padded_again, step_rows
 from model.gemma.slot_tokens import slots_of_prompts
 from model.gemma.weights import GemmaWeights
-from model.prefill import MAX_PACKED_PROMPTS, ChunkRows, chunk_of, num_packed
+from model.prefill import MAX_PACKED_PROMPTS, ChunkRows, chunk_of, num_packed, prefill_block
 from model.programs import ProgramSpec
 from model.rule_rows import RuleArrays
 from model.slots import DecodeRow, PromptChunk
 
 # Prompt tokens of a turn, and rows. Five turns make a block of 256. On two cores a turn of Gemma 3
-# 270M beside four rows takes 2.6 times as long as their step alone.
+# 270M beside four rows takes 2.4 times as long as their step alone.
 JOINED_TOKENS = 52
 JOINED_ROWS = 32
 # Of one call of the head; more rows take several.
@@ -44,7 +50,45 @@ _BUCKET = 128
 _OF_SLOT = -1
 
 
-def embed_joined(
+class DrawingRows(NamedTuple):
+    """Rows that draw a token.
+
+    Attributes:
+        places: Of their newest tokens in the stream.
+        slots: Of theirs; one that there is not marks a row that only fills up.
+        positions: Of their newest tokens.
+        rules: Of each.
+    """
+
+    places: Int[Array, " batch"]
+    slots: Int[Array, " batch"]
+    positions: Int[Array, " batch"]
+    rules: RuleRows
+
+
+def join(
+    config: GemmaConfig,
+    weights: GemmaWeights,
+    traits: list[LayerTraits],
+    states: SlotStates,
+    token_ids: Int[Array, "1 seq"],
+    rows: ChunkRows,
+    bank: BankArrays | None,
+    drawing: DrawingRows,
+) -> tuple[SlotStates, Float[Array, "1 seq width"], DecodeOutputs]:
+    """The states after a turn, the stream after its last block, and what the first rows drew."""
+    x = _embed_joined(weights.embeddings, states.tokens, token_ids, rows)
+    caches = []
+    for layer, cache in enumerate(states.caches):
+        pairs = (None, None) if bank is None else (bank.layers[layer], bank.ranks)
+        block = (weights.blocks[layer], traits[layer], cache)
+        x, after = prefill_block(config, *block, x, rows, *pairs, is_native=True)
+        caches.append(after)
+    tokens, outputs = finish_joined(config, weights, states.tokens, x, drawing)
+    return SlotStates(tokens, caches), x, outputs
+
+
+def _embed_joined(
     embeddings: Float[Array, "vocab width"],
     tokens: Int[Array, "slots context"],
     token_ids: Int[Array, "1 seq"],
@@ -63,15 +107,13 @@ def finish_joined(
     weights: GemmaWeights,
     tokens: Int[Array, "slots context"],
     x: Float[Array, "1 seq width"],
-    places: Int[Array, " batch"],
-    slots: Int[Array, " batch"],
-    positions: Int[Array, " batch"],
-    rules: RuleRows,
+    drawing: DrawingRows,
 ) -> tuple[Int[Array, "slots context"], DecodeOutputs]:
-    """What rows draw whose stream after the last block stands at ``places``.
+    """What rows draw, given the stream after the last block.
 
     As the end of `model.decode.decode_steps`, for one step.
     """
+    places, slots, positions, rules = drawing
     num_slots = tokens.shape[0]
     newest = tokens.at[slots, positions].get(mode="clip")
     is_going = (slots < num_slots) & goes_on(newest, positions, rules)
@@ -89,13 +131,15 @@ def finish_joined(
 
 
 class JoinedTurns:
-    """The programs around the blocks, and their arguments.
+    """The programs of turns, and their arguments.
 
     Args:
         config: Of the model.
         weights: Of the model.
+        traits: Of the layers.
         rules: Of rows, as arrays.
-        num_slots: That the caches have; a row that fills up names this one.
+        bank: Of adapters.
+        num_rows: That may be decoded together.
         programs: Of the engine, filled by it.
     """
 
@@ -103,65 +147,76 @@ class JoinedTurns:
         self,
         config: GemmaConfig,
         weights: GemmaWeights,
+        traits: list[LayerTraits],
         rules: RuleArrays,
-        num_slots: int,
+        bank: AdapterBank,
+        num_rows: int,
         programs: dict[str, Callable[..., Any]],
     ) -> None:
         self._config = config
         self._weights = weights
+        self._traits = traits
         self._rules = rules
-        self._num_slots = num_slots
+        self._bank = bank
+        self._num_rows = num_rows
         self._programs = programs
 
-    def program_specs(self, tokens: jax.Array) -> list[ProgramSpec]:
+    def program_specs(self, states: SlotStates) -> Iterator[ProgramSpec]:
         """What is to be compiled."""
         ids, each = _integers(1, _BUCKET), _integers(num_packed(_BUCKET))
         rows = ChunkRows(ids, each, each, each, each, _integers(), each)
-        x = jax.ShapeDtypeStruct((1, _BUCKET, self._config.hidden_dim), jnp.float32)
-        numbers = _integers(_FINISHED_ROWS)
-        finish = partial(finish_joined, self._config)
-        rules = self._rules.fillers(_FINISHED_ROWS)
-        arguments = (self._weights, tokens, x, numbers, numbers, numbers, rules)
-        return [
-            ProgramSpec(
-                "embed_joined", embed_joined, (self._weights.embeddings, tokens, ids, rows)
-            ),
-            ProgramSpec("finish_joined", finish, arguments, donated=(1,)),
-        ]
+        number = _integers(_FINISHED_ROWS)
+        drawing = DrawingRows(number, number, number, self._rules.fillers(_FINISHED_ROWS))
+        model = (self._weights, self._traits, states)
+        arguments = (*model, ids, rows, self._bank.arrays, drawing)
+        yield ProgramSpec("join", partial(join, self._config), arguments, donated=(2,))
+        if self._num_rows > _FINISHED_ROWS:
+            x = jax.ShapeDtypeStruct((1, _BUCKET, self._config.hidden_dim), jnp.float32)
+            yield ProgramSpec(
+                "finish_joined",
+                partial(finish_joined, self._config),
+                (self._weights, states.tokens, x, drawing),
+                donated=(1,),
+            )
 
-    def begin(
-        self, tokens: jax.Array, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]
-    ) -> tuple[jax.Array, ChunkRows]:
-        """The stream of all before the first block, and where its tokens belong."""
+    def take(
+        self, states: SlotStates, chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]
+    ) -> tuple[SlotStates, jax.Array, list[DispatchPart]]:
+        """Starts a turn: the states after it, the stream of its tokens, and what the rows draw."""
         _check(chunks, rows)
         newest = [PromptChunk(row.slot, [_OF_SLOT], row.position, (), row.adapter) for row in rows]
         token_ids, placed = chunk_of([*chunks, *newest], _BUCKET)
-        x = self._programs["embed_joined"](self._weights.embeddings, tokens, token_ids, placed)
-        return x, placed
-
-    def finish(
-        self,
-        tokens: jax.Array,
-        x: jax.Array,
-        chunks: Sequence[PromptChunk],
-        rows: Sequence[DecodeRow],
-    ) -> tuple[jax.Array, list[DispatchPart]]:
-        """The tokens of all slots with those that the rows drew, and what these are."""
-        offset = sum(len(chunk.token_ids) for chunk in chunks)
-        parts = []
-        for first in range(0, len(rows), _FINISHED_ROWS):
-            own = rows[first : first + _FINISHED_ROWS]
-            places, positions = np.zeros((2, _FINISHED_ROWS), np.int32)
-            slots = np.full(_FINISHED_ROWS, self._num_slots, np.int32)
-            for index, row in enumerate(own):
-                places[index], slots[index] = offset + first + index, row.slot
-                positions[index] = row.position
-            rules = self._rules.of([row.rules for row in own], _FINISHED_ROWS)
+        first_place = sum(len(chunk.token_ids) for chunk in chunks)
+        num_slots = states.tokens.shape[0]
+        groups = [
+            (rows[first : first + _FINISHED_ROWS], first_place + first)
+            for first in range(0, len(rows), _FINISHED_ROWS)
+        ]
+        own, place = groups[0]
+        states, x, outputs = self._programs["join"](
+            *(self._weights, self._traits, states, token_ids, placed, self._bank.arrays),
+            self._drawing(own, place, num_slots),
+        )
+        parts = [DispatchPart(own, outputs)]
+        for own, place in groups[1:]:
+            drawing = self._drawing(own, place, num_slots)
             tokens, outputs = self._programs["finish_joined"](
-                self._weights, tokens, x, places, slots, positions, rules
+                self._weights, states.tokens, x, drawing
             )
+            states = states._replace(tokens=tokens)
             parts.append(DispatchPart(own, outputs))
-        return tokens, parts
+        return states, x, parts
+
+    def _drawing(self, rows: Sequence[DecodeRow], place: int, num_slots: int) -> DrawingRows:
+        """Of rows whose newest tokens stand behind each other from ``place`` on."""
+        places, positions = np.zeros((2, _FINISHED_ROWS), np.int32)
+        slots = np.full(_FINISHED_ROWS, num_slots, np.int32)
+        for index, row in enumerate(rows):
+            places[index], slots[index] = place + index, row.slot
+            positions[index] = row.position
+        rules = self._rules.of([row.rules for row in rows], _FINISHED_ROWS)
+        of_rows = (jnp.asarray(places), jnp.asarray(slots), jnp.asarray(positions))
+        return DrawingRows(*of_rows, rules)
 
 
 def _check(chunks: Sequence[PromptChunk], rows: Sequence[DecodeRow]) -> None:
