@@ -8,9 +8,8 @@ prompt of one token; behind the blocks the rows go through the head and draw::
     ------------------------------------    every block
                             row  row        head, and a token for each
 
-All of it is one program, ``join``: between programs threads fall asleep and each wakes late, which
-with one for every block took an eighth of the turn. Rows beyond the first eight draw in
-``finish_joined``.
+All of it is one program, ``join``; with a program for every block a turn took an eighth longer.
+Rows beyond the first eight draw in ``finish_joined``.
 
 It is for the native block alone, in which nothing but a token's own sequence enters its bits. With
 XLA a product of other shapes rounds otherwise, so there chunks and steps take turns.
