@@ -91,7 +91,7 @@ def test_a_search_streams_one_token_event_for_each_output_at_its_end(service):
     assert (start["event"], done["event"]) == ("start", "done")
     names = [event["event"] for event in between]
     assert names[-2:] == ["token", "token"]
-    assert set(names[:-2]) == {":"}, "pings while it searches"
+    assert set(names[:-2]) <= {":"}, "nothing but pings while it searches"
     whole = service.client.post("/generate", json=body).json()
     tokens = [event["data"] for event in between[-2:]]
     assert [data["index"] for data in tokens] == [0, 1]
