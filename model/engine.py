@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Bool, Float32
 
 from model.adapter_bank import Adapter, AdapterBank
 from model.attribution_questions import (
@@ -422,12 +422,9 @@ class GemmaEngine:
         return copied
 
     def keep(self, slot: int, keys: Sequence[bytes]) -> None:
-        """Keeps a block, unless it is there already or holds what is not finite."""
-        if not self._prefixes.wants(keys[-1]):
-            return
-        block, is_finite = self._take(slot, len(keys) - 1)
-        if is_finite:
-            self._prefixes.add(keys, block)
+        """Keeps a block, unless it is there already; if it is not finite, nobody gets it."""
+        if self._prefixes.wants(keys[-1]):
+            self._prefixes.add(keys, *self._take(slot, len(keys) - 1))
 
     def restore(self, slot: int, keys: Sequence[bytes]) -> int:
         """Gives a slot the leading blocks that were kept under ``keys``; returns their number."""
@@ -436,11 +433,11 @@ class GemmaEngine:
             self._put(slot, index, block)
         return len(blocks)
 
-    def _take(self, slot: int, block: int) -> tuple[KeptBlock, bool]:
-        taken, is_finite = self._programs["take"](
+    def _take(self, slot: int, block: int) -> tuple[KeptBlock, Bool[Array, ""]]:
+        taken: tuple[KeptBlock, Bool[Array, ""]] = self._programs["take"](
             self._states.caches, _number(slot), _number(block)
         )
-        return taken, bool(is_finite)
+        return taken
 
     def _put(self, slot: int, block: int, kept: KeptBlock) -> None:
         self._set_caches(

@@ -455,15 +455,16 @@ def test_a_joined_turn_gives_rows_and_prompts_what_each_gets_alone(engine_of):
     prefill(engine, 0, stream)
     rules = rules_of(stream, 12, sampling)
     spans = [(0, 40), (40, 77), (77, 129), (129, 181), (181, 233), (233, 256), (256, 299)]
-    drawn = []
+    dispatches = []
     engine.begin(1, long)
     engine.begin(2, short)
     for turn, (start, end) in enumerate(spans):
         chunks = [PromptChunk(1, long[start:end], start)]
         if turn == 0:
             chunks.append(PromptChunk(2, short[:-1], 0))
-        [[token]] = engine.join(chunks, [DecodeRow(0, 39 + turn, rules)]).tokens()
-        drawn.append((token.token_id, token.logprob))
+        # None waits for the one before it.
+        dispatches.append(engine.join(chunks, [DecodeRow(0, 39 + turn, rules)]))
+    drawn = [(token.token_id, token.logprob) for each in dispatches for [token] in each.tokens()]
     assert drawn == list(zip(*expected, strict=True))[: len(spans)]
     rest = continue_together(engine, {1: long, 2: short}, 6, {1: GREEDY, 2: GREEDY})
     assert rest == alone

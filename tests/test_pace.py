@@ -15,11 +15,9 @@ def paced(step_seconds):
 
 @pytest.mark.parametrize(
     ("step_seconds", "most", "num_steps"),
-    [(0.001, 100, 8), (0.02, 100, 5), (0.02, 3, 3), (0.06, 100, 1), (2.0, 100, 1)],
+    [(0.001, 100, 8), (0.02, 100, 4), (0.02, 3, 3), (0.03, 100, 2), (0.05, 100, 1), (2.0, 100, 1)],
 )
-def test_a_dispatch_holds_what_fits_in_a_tenth_of_a_second_and_at_most_eight(
-    step_seconds, most, num_steps
-):
+def test_a_dispatch_holds_what_fits_in_80_ms_and_at_most_eight(step_seconds, most, num_steps):
     assert paced(step_seconds).num_steps(most) == num_steps
 
 

@@ -1,9 +1,12 @@
 """Which block of a prompt is which, and which are kept."""
 
+import jax.numpy as jnp
+
 from model.prefix_store import PrefixStore
 from service.worker.prefix_keys import PrefixKeys
 
 BLOCK = [()]
+FINITE = jnp.bool_(True)
 
 
 def store_of(num_blocks, *chains):
@@ -22,7 +25,7 @@ def keep(store, chain):
     keys = keys_of(chain)
     for end in range(len(keys)):
         if store.wants(keys[end]):
-            store.add(keys[: end + 1], BLOCK)
+            store.add(keys[: end + 1], BLOCK, FINITE)
 
 
 def num_found(store, chain):
@@ -46,6 +49,16 @@ def test_a_store_is_bounded_and_forgets_what_was_not_used_for_longest():
 def test_of_a_chain_that_does_not_fit_the_beginning_is_kept():
     store = store_of(3, "abcde")
     assert num_found(store, "abcde") == 3
+
+
+def test_a_block_that_turns_out_not_to_be_finite_ends_a_chain_and_is_wanted_again():
+    store = store_of(8, "ab")
+    store.add(keys_of("abc"), BLOCK, jnp.bool_(False))
+    keep(store, "abcd")
+    assert not store.wants(b"abc"), "not known before it is looked for"
+    assert [num_found(store, "abcd") for _ in range(2)] == [2, 2]
+    assert store.wants(b"abc")
+    assert len(store) == 3
 
 
 def test_a_store_without_room_for_a_block_wants_none():

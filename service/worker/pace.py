@@ -6,8 +6,9 @@ a prompt and steps take turns in a fixed proportion, whatever the machine.
 
 from model.slots import MAX_STEPS
 
-# A stream's tokens come at most this far apart in time because of how they are dispatched.
-_DISPATCH_SECONDS = 0.1
+# A stream's tokens come at most this far apart in time because of how they are dispatched: no
+# longer than a turn beside a prompt, which may arrive when a dispatch has just begun.
+_DISPATCH_SECONDS = 0.08
 # A stream then waits less than three times as long as usual, with something left for a step that
 # happens to be slow; and a prompt gets almost two thirds of the time.
 _PREFILL_STEPS = 1.9
