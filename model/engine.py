@@ -65,12 +65,11 @@ from model.slots import (
     EngineInfo,
     EngineOptions,
     PromptChunk,
-    RowRules,
-    Sampling,
     SelfTest,
     TextCodec,
 )
 from model.training_self_test import compare_training
+from model.warm_up import call_slot_programs
 from model.weight_names import num_parameters
 
 _logger = logging.getLogger(__name__)
@@ -279,45 +278,11 @@ class GemmaEngine:
         progress("compile", total, total)
 
     def _warm_up(self) -> None:
-        """Runs every program once: a first call costs tens of milliseconds that no request pays.
-
-        What it writes into slots is never seen, as whatever a slot holds at its start.
-        """
-        self.begin(0, [0])
-        for bucket in CHUNK_BUCKETS:
-            token_ids = [0] * min(bucket, self._options.context_tokens)
-            for _ in self.prefill([PromptChunk(0, token_ids, 0)]):
-                pass
-        self.copy(0, [0], 1)
+        """Runs every program once."""
+        call_slot_programs(self)
         kept, _ = self._take(0, 0)
         self._put(0, 0, kept)
-        rules = RowRules(
-            Sampling(
-                temperature=1.0,
-                top_k=1,
-                top_p=0.5,
-                seed=0,
-                min_p=0.1,
-                repetition_penalty=1.1,
-                logit_bias=((0, 1.0),),
-            ),
-            num_prompt=1,
-            end=self._options.context_tokens,
-            stop_ids=(0,),
-            may_stop_at=1,
-            num_logprobs=1,
-        )
-        for bucket in self._row_buckets:
-            num_rows = min(bucket, self._options.num_slots)
-            self.decode([DecodeRow(slot, 0, rules) for slot in range(num_rows)], 1).tokens()
-        if self._joined:
-            # Of a score: beside one slot there may be no other.
-            prompt = PromptChunk(self._options.num_slots, [0], 0)
-            num_rows = min(self._options.num_slots, JOINED_ROWS)
-            self.join([prompt], [DecodeRow(slot, 0, rules) for slot in range(num_rows)]).tokens()
         self._set_caches(self._searches.warm_up(self._states.caches))
-        residual = np.zeros(self._config.hidden_dim, np.float32)
-        self.measure([AskedPlace(residual, (0,), num_top=1)])
         self._streams.warm_up()
         self._attributions.warm_up()
         if self.trainer is not None:

@@ -193,7 +193,7 @@ def two_adapters(engine):
 
 
 @PATHS
-def test_rows_of_adapters_and_of_the_base_answer_together_as_alone_to_the_last_bit(
+def test_f_r1_rows_of_adapters_and_of_the_base_answer_together_as_alone_to_the_last_bit(
     kernels, engine_of
 ):
     engine = engine_of(NAME, kernels)

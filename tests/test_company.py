@@ -168,7 +168,8 @@ def test_another_seed_or_a_neighbouring_bias_would_be_noticed(service):
 
 def test_one_unit_in_the_last_place_of_a_row_in_company_would_be_noticed(tmp_path, cache_dir):
     engine = "--engine=tests.fakes.uneven_company_engine:load"
-    body = {"prompt": [40, 77, 91], "max_tokens": 40, "logprobs": 0, "ignore_eos": True}
+    # Long enough that none has ended before the next one comes, however busy the machine is.
+    body = {"prompt": [40, 77, 91], "max_tokens": 600, "logprobs": 0, "ignore_eos": True}
     bodies = [{**body, "seed": seed} for seed in range(4)]
     with tiny_service(tmp_path, cache_dir, engine) as uneven:
         together = asyncio.run(post_all(uneven.url, bodies, at_once=4))

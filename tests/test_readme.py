@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -185,15 +187,35 @@ def test_the_service_tells_what_it_is(served):
     assert 'gemma_compilations_total{phase="serving"} 0.0' in answer
 
 
-def test_the_worker_at_rest_holds_less_than_two_and_a_half_times_the_weights(served):
+def resident_bytes(served):
+    """Of the worker, now."""
     children = Path(f"/proc/{served.api_pid}/task/{served.api_pid}/children").read_text().split()
     (worker,) = children
     status = Path(f"/proc/{worker}/status").read_text()
-    resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+
+def test_the_worker_at_rest_holds_less_than_two_and_a_half_times_the_weights(served):
     # 3 global layers of 4,096 positions and 15 local ones of 768, keys and values, 8 slots and 3
     # of scores.
     kv_cache = 2 * 4 * 11 * (3 * 4096 + 15 * 768) * 256
-    assert resident - kv_cache < 2.5 * WEIGHTS_BYTES
+    assert resident_bytes(served) - kv_cache < 2.5 * WEIGHTS_BYTES
+
+
+def test_f_r8_a_score_of_two_thousand_tokens_takes_less_than_300_megabytes(served):
+    # Logits of all places would take 2.1 GB.
+    token_ids = [2, *range(1000, 2999)]
+    body = {"inputs": [{"token_ids": token_ids}], "return": ["tokens"]}
+    at_rest = peak = resident_bytes(served)
+    with ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{served.port}/score"
+        scoring = pool.submit(httpx.post, url, json=body, timeout=120)
+        while not scoring.done():
+            peak = max(peak, resident_bytes(served))
+            time.sleep(0.005)
+    (result,) = scoring.result().json()["results"]
+    assert len(result["targets"][0]["tokens"]) == 1999
+    assert peak - at_rest < 300e6
 
 
 def test_the_help_lists_every_option_of_the_settings_page(served):

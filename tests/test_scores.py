@@ -66,7 +66,7 @@ def test_a_text_has_the_log_probabilities_of_one_full_forward_pass(name, num_tok
 
 
 @PRESETS
-def test_what_was_generated_scores_as_it_was_drawn(name, engine_of):
+def test_f_r7_what_was_generated_scores_as_it_was_drawn(name, engine_of):
     engine, prompt = engine_of(name), random_tokens(60)
     completion, drawn = continue_alone(engine, prompt, 12)
     text = prompt + completion

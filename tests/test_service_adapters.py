@@ -76,7 +76,7 @@ def test_tokens_of_an_adapter_are_worked_out_by_hand(service):
     ["other", "tone", "gemma:", "gemma:other", "gemma:tone@2", "gemma:tone@0", "gemma:tone@01",
      "gemma:tone@1@1", "gemma:Tone", "other:tone", "gemma@1", "gemma:tone@", " gemma"],
 )  # fmt: skip
-def test_an_unknown_name_is_404_and_never_the_base(service, name):
+def test_f_r3_an_unknown_name_is_404_and_never_the_base(service, name):
     for response in (
         service.generate([1, 2], model=name),
         service.generate([1, 2], model=name, stream=True),

@@ -149,7 +149,7 @@ def test_what_the_worker_did_while_nobody_listened_is_told_again_after_a_kill(tm
         assert versions == [5, 10, 15, 20, 25, 30]
 
 
-def test_a_planned_restart_loses_no_step_and_no_version(tmp_path):
+def test_f_r13_a_planned_restart_loses_no_step_and_no_version(tmp_path):
     slow = {"ARITHMETIC_SLICE_SECONDS": "0.02"}
     options = ["--checkpoint-seconds=3600"]
     with running_service(tmp_path, *options, **slow) as service:

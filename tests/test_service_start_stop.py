@@ -87,7 +87,7 @@ def test_the_api_process_loads_neither_jax_nor_numpy_nor_the_model(tmp_path):
         assert "numpy" not in maps
 
 
-def test_sigterm_lets_a_running_stream_finish_and_leaves_nothing(tmp_path):
+def test_f_r13_sigterm_lets_a_running_stream_finish_and_leaves_nothing(tmp_path):
     with running_service(tmp_path, **SLOW_STEPS) as service:
         worker = service.worker()
         with service.stream([1], max_tokens=20) as stream:

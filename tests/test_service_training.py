@@ -110,7 +110,7 @@ def alone(service):
     return {"before": before, "beside": beside, "job": made, "digest": digest(service, made)}
 
 
-def test_what_a_job_makes_answers_otherwise_and_scores_as_the_job_measured(service, alone):
+def test_f_r7_what_a_job_makes_answers_otherwise_and_scores_as_the_job_measured(service, alone):
     made = alone["job"]
     assert alone["beside"], "the base answered while the job trained"
     assert all(each == alone["before"] for each in alone["beside"])
@@ -233,7 +233,9 @@ def test_what_is_no_adapter_of_this_model_is_422_and_leaves_nothing(service, alo
     assert service.generate(PROMPT, model="gemma:none").status_code == 404
 
 
-def test_a_stream_keeps_its_version_when_another_is_promoted_and_its_own_deleted(service, alone):
+def test_f_r1_a_stream_keeps_its_version_when_another_is_promoted_and_its_own_deleted(
+    service, alone
+):
     number = alone["job"]["version"]
     assert upload(service, "moved", weights(service, "tone", number).content, "keras").is_success
     assert upload(service, "moved", weights(service, "tone", 1).content, "keras").is_success
