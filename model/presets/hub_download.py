@@ -19,7 +19,7 @@ from model.errors import PresetDownloadFailed, PresetFileInvalid, PresetFileMiss
 from model.presets import hf_config, hf_directory, keras_config, keras_directory
 from model.presets.hub_handles import Handle
 from model.presets.hub_process import HubProcess, size_of
-from model.presets.hub_transfer import Description, Problem
+from model.presets.transfer import Description, Problem
 from model.progress import Progress
 from model.weight_names import num_parameters
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from model.presets.hub_handles import Handle
-from model.presets.hub_transfer import Description, Problem
+from model.presets.transfer import Description, Problem
 
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop());"

@@ -10,7 +10,7 @@ One JSON object per line, in and out:
     {"do": "describe", "revision": r, "names": [n]}   -> {"files": {n: [bytes, digest or null]}}
     {"do": "get", "revision": r, "name": n, "path": p, "num_bytes": b}
                                                       -> {"num_bytes": b, "digest": d}
-    anything                                          -> {"problem": kind, ...}, see `Problem`
+    anything                                          -> {"problem": kind, ...}: `Problem`
 
 ``get`` appends to what is at ``path`` already. A digest is "sha256:...", "md5:..." or "git:...",
 the SHA-1 of git over a file.
@@ -21,46 +21,10 @@ import os
 import queue
 import sys
 import threading
-from typing import Protocol, TextIO, runtime_checkable
+from typing import TextIO
 
 from model.presets.hub_handles import Handle, KaggleHandle, parse_handle
-
-# Of a file on a hub: its size, and its digest if the hub states one.
-Description = tuple[int, str | None]
-
-
-class Problem(Exception):
-    """What went wrong, in words that hold neither a token nor a signed address.
-
-    Attributes:
-        kind: "refused" by the hub, "missing" there, "unreachable", "offline" by setting,
-            "interrupted" amid a transfer, "disk", "credentials" that cannot be read, or "failed".
-        detail: For a person: the host, the HTTP status, whatever the kind does not say.
-    """
-
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(kind, detail)
-        self.kind = kind
-        self.detail = detail
-
-
-@runtime_checkable
-class Transfer(Protocol):
-    """One preset on one hub. Every method may raise `Problem`."""
-
-    def revision(self) -> str:
-        """The version or commit that the handle stands for now."""
-        ...
-
-    def describe(self, revision: str, names: list[str]) -> dict[str, Description]:
-        """Of those of the files that exist."""
-        ...
-
-    def get(
-        self, revision: str, name: str, path: str, num_bytes: int
-    ) -> tuple[int | None, str | None]:
-        """Appends to ``path`` what is missing there; size and digest as the answer states them."""
-        ...
+from model.presets.transfer import Problem, Transfer
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from model.errors import PresetDownloadFailed, PresetError, PresetNotFound
 from model.presets.hub_download import Download, synced
 from model.presets.hub_handles import Handle, KaggleHandle, parse_handle
 from model.presets.hub_process import HubProcess
-from model.presets.hub_transfer import Problem
 from model.presets.table import BUILTIN_PRESETS
+from model.presets.transfer import Problem
 from model.progress import Progress, no_progress
 
 _MARKER = ".complete.json"

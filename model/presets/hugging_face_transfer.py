@@ -25,7 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from model.presets.hub_handles import HuggingFaceHandle
-from model.presets.hub_transfer import Description, Problem
+from model.presets.transfer import Description, Problem
 
 # What every preset has, whoever wrote it.
 _PROBE = "config.json"

@@ -23,7 +23,7 @@ from kagglesdk.models.types.model_api_service import (  # type: ignore[import-un
 )
 
 from model.presets.hub_handles import KaggleHandle
-from model.presets.hub_transfer import Description, Problem
+from model.presets.transfer import Description, Problem
 
 _PAGE_FILES = 100
 _MAX_PAGES = 50
