@@ -177,7 +177,7 @@ class Service:
         self._count_compilations(heartbeat.num_compilations, "serving" if is_serving else "warmup")
         self._count_work(heartbeat.work)
         self._count_adapters(heartbeat.adapters)
-        self._note_training(heartbeat.training.seconds)
+        self._note_training(heartbeat.training_seconds)
 
     def on_request_event(self, event: RequestEvent) -> None:
         self._client.deliver(event)

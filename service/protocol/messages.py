@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from service.protocol.worker_counts import AdapterCounts, TrainingCounts, WorkCounts
+from service.protocol.worker_counts import AdapterCounts, WorkCounts
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 KernelChoice = Literal["auto", "native", "xla"]
@@ -552,7 +552,7 @@ class Heartbeat(Message, frozen=True):
         num_scoring: Requests of scores that are being read.
         num_scores_waiting: Those admitted of which nothing has been read.
         adapters: Of the bank.
-        training: Of all jobs.
+        training_seconds: That the loop trained since then.
     """
 
     turn: int
@@ -566,7 +566,7 @@ class Heartbeat(Message, frozen=True):
     num_scoring: int = 0
     num_scores_waiting: int = 0
     adapters: AdapterCounts = AdapterCounts()
-    training: TrainingCounts = TrainingCounts()
+    training_seconds: float = 0.0
 
 
 Event = Progress | Ready | LoadFailed | Accepted | Piece | Finished | Scored | Failed | Heartbeat

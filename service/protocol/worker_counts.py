@@ -22,19 +22,3 @@ class AdapterCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_resident: int = 0
     num_loads: int = 0
     num_evictions: int = 0
-
-
-class TrainingCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Jobs, and what was done for them since the worker started.
-
-    Attributes:
-        num_running: Jobs that train, or are about to.
-        num_paused: Jobs that cannot write their checkpoint.
-        num_steps: Of the optimizer, of all jobs.
-        seconds: That the loop trained.
-    """
-
-    num_running: int = 0
-    num_paused: int = 0
-    num_steps: int = 0
-    seconds: float = 0.0

@@ -201,7 +201,7 @@ class Worker:
                 num_scoring=self._status.num_scoring,
                 num_scores_waiting=0 if admission is None else admission.num_scores_waiting,
                 adapters=self._status.adapters,
-                training=self._status.training,
+                training_seconds=self._status.training_seconds,
             )
             self._writer.send_if_room([beat])
             time.sleep(_HEARTBEAT_SECONDS)

@@ -162,7 +162,7 @@ class Loop:
         self._training.note_turn(action, time.monotonic() - began, has_others=has_others)
         self._status.work = self._work.counts
         self._status.adapters = self._adapters.counts
-        self._status.training = self._training.counts
+        self._status.training_seconds = self._training.seconds
         self._flush()
 
     def _do(self, action: Action) -> None:

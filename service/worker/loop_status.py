@@ -3,7 +3,7 @@
 import time
 
 from service.protocol.messages import Phase
-from service.protocol.worker_counts import AdapterCounts, TrainingCounts, WorkCounts
+from service.protocol.worker_counts import AdapterCounts, WorkCounts
 
 
 class LoopStatus:
@@ -15,7 +15,7 @@ class LoopStatus:
         self.num_scoring = 0
         self.work = WorkCounts()
         self.adapters = AdapterCounts()
-        self.training = TrainingCounts()
+        self.training_seconds = 0.0
         self._phase: tuple[Phase, float] = ("start", time.monotonic())
 
     @property

@@ -46,7 +46,6 @@ from service.protocol.training import (
     StartJob,
     TrainingEvent,
 )
-from service.protocol.worker_counts import TrainingCounts
 from service.worker.adapter_store import AdapterStore
 from service.worker.checkpoints import is_full
 from service.worker.file_work import CheckpointRead, CheckpointWritten, FileResult, FileWork
@@ -139,7 +138,6 @@ class TrainingDesk:
         self._clock = clock
         self._prepared: dict[str, PreparedJob] = {}
         self._jobs: dict[str, _Job] = {}
-        self._num_steps = 0
         self._seconds = 0.0
         self._is_halted = False
         # Who waits until everything is written.
@@ -151,15 +149,9 @@ class TrainingDesk:
         return any(job.is_training for job in self._jobs.values())
 
     @property
-    def counts(self) -> TrainingCounts:
-        """For metrics."""
-        num_paused = sum(job.held is not None for job in self._jobs.values())
-        return TrainingCounts(
-            num_running=len(self._jobs) - num_paused,
-            num_paused=num_paused,
-            num_steps=self._num_steps,
-            seconds=self._seconds,
-        )
+    def seconds(self) -> float:
+        """That jobs trained since the worker started."""
+        return self._seconds
 
     def add(self, prepared: PreparedJob) -> None:
         """A job may be started from now on."""
@@ -280,7 +272,6 @@ class TrainingDesk:
 
     def _stepped(self, job: _Job, done: StepDone) -> Sequence[TrainingEvent]:
         job.step = done.step
-        self._num_steps += 1
         self._work.note_training(done.num_tokens, _padding(job, done.step))
         events: list[TrainingEvent] = [
             JobStep(

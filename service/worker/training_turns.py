@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 from service.protocol.training import CancelJob, HaltJobs, StartJob, TrainingEvent
-from service.protocol.worker_counts import TrainingCounts
 from service.worker.actions import Action, Idle, Train
 from service.worker.file_work import CheckpointRead, CheckpointWritten
 from service.worker.pace import Pace
@@ -42,9 +41,9 @@ class TrainingTurns:
         return self._share.is_due
 
     @property
-    def counts(self) -> TrainingCounts:
-        """For metrics."""
-        return TrainingCounts() if self._desk is None else self._desk.counts
+    def seconds(self) -> float:
+        """That jobs trained since the worker started."""
+        return 0.0 if self._desk is None else self._desk.seconds
 
     def take(self, arrival: TrainingArrival) -> Sequence[TrainingEvent]:
         """What was prepared, said, read or written."""
