@@ -182,6 +182,9 @@ def test_the_loss_is_the_negative_sum_over_the_texts_and_reductions_are_of_all_n
     close(norms, np.linalg.norm(whole[0][:20], axis=1), 1e-6)
 
 
+KNOWN_TO_BE_MISSED = {("gemma3_tiny", -1, 4), ("gemma3_tiny", -1, 5)}
+
+
 @PRESETS
 @pytest.mark.parametrize("layer", [-1, 1])
 def test_integrated_gradients_add_up_to_the_change_within_one_percent(name, layer, engine_of):
@@ -194,13 +197,16 @@ def test_integrated_gradients_add_up_to_the_change_within_one_percent(name, laye
     change = value(0) - value(0, START)
     added = np.frombuffer(found.numbers, "<f4").sum()
     assert abs(added - change) / abs(change) == pytest.approx(found.completeness_error, abs=1e-3)
-    # With seed 4 the change is 0.05 nats, a hundredth of what goes up and down on the way.
-    for seed in (6, 7):
+    for seed in range(12):
         question = AttributionQuestion(
             (a_text(12, ((11, 300),), seed=seed),), 12, layer, num_steps=64
         )
         found, _ = answer(engine_of(name), question)
-        assert found.completeness_error < 0.01
+        change = abs(float(np.frombuffer(found.numbers, "<f4").sum()))
+        # Known to be missed: seeds 4 and 5 of gemma3_tiny at the embeddings, 1.5 and 2.9 % of a
+        # change of 0.05 and 0.03 nats, which is left of ups and downs a hundred times as large.
+        most = 0.03 if (name, layer, seed) in KNOWN_TO_BE_MISSED else 0.01
+        assert found.completeness_error < most, (seed, change)
 
 
 def test_each_token_has_the_share_that_hundreds_of_gradients_tell(engine_of):
@@ -260,6 +266,11 @@ def test_where_the_stream_is_small_steps_count_by_how_many_times_it_grows():
     # Of x / (x + 0.004), the part of one token; that of the other is the same with another sign.
     found = sum(length * 0.004 / (scale + 0.004) ** 2 for scale, length in steps)
     assert found == pytest.approx(1 / 1.004 - START / (START + 0.004), rel=0.02)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_few_steps_fill_the_line_too(num_steps):
+    stepped(lambda scale: math.tanh(200 * (scale - 0.37)), num_steps)
 
 
 def test_a_value_that_never_changes_has_steps_all_the_same():
