@@ -121,11 +121,18 @@ def _integrate(line: _Line, found: "_Found") -> Generator[bool, None, None]:
     path = IntegrationPath(found.question.num_steps)
     while wanted := path.wanted_values():
         path.note_values((yield from line.values(wanted)))
-    scales, lengths = zip(*path.steps(), strict=True)
-    derivatives = yield from line.derivatives(scales)
+    kept: dict[float, Stream] = {}
+    while wanted := path.wanted_slopes():
+        # Of steps that are halved now, it would only take room.
+        live = {step.scale for step in path.steps}
+        kept = {scale: each for scale, each in kept.items() if scale in live}
+        taken = yield from line.derivatives(wanted)
+        slopes = [float(np.vdot(each, line.stream)) for each in taken]
+        path.note_slopes(dict(zip(wanted, slopes, strict=True)))
+        kept |= zip(wanted, taken, strict=True)
     added = np.zeros(line.stream.shape)
-    for length, derivative in zip(lengths, derivatives, strict=True):
-        added += length * derivative
+    for step in path.steps:
+        added += step.length * kept[step.scale]
     found.add(added * line.stream)
     found.change += path.change
 

@@ -182,7 +182,7 @@ def test_the_loss_is_the_negative_sum_over_the_texts_and_reductions_are_of_all_n
     close(norms, np.linalg.norm(whole[0][:20], axis=1), 1e-6)
 
 
-KNOWN_TO_BE_MISSED = {("gemma3_tiny", -1, 4), ("gemma3_tiny", -1, 5)}
+KNOWN_TO_BE_MISSED = {("gemma3_tiny", -1, 5)}
 
 
 @PRESETS
@@ -203,9 +203,9 @@ def test_integrated_gradients_add_up_to_the_change_within_one_percent(name, laye
         )
         found, _ = answer(engine_of(name), question)
         change = abs(float(np.frombuffer(found.numbers, "<f4").sum()))
-        # Known to be missed: seeds 4 and 5 of gemma3_tiny at the embeddings, 1.5 and 2.9 % of a
-        # change of 0.05 and 0.03 nats, which is left of ups and downs a hundred times as large.
-        most = 0.03 if (name, layer, seed) in KNOWN_TO_BE_MISSED else 0.01
+        # Known to be missed: seed 5 of gemma3_tiny at the embeddings, by 1.4 % of a change of 0.03
+        # nats, which is left of ups and downs 250 times as large.
+        most = 0.02 if (name, layer, seed) in KNOWN_TO_BE_MISSED else 0.01
         assert found.completeness_error < most, (seed, change)
 
 
@@ -223,66 +223,106 @@ def test_each_token_has_the_share_that_hundreds_of_gradients_tell(engine_of):
     assert np.abs(found - expected).sum() < 0.05 * np.abs(expected).sum()
 
 
-def stepped(value, num_steps):
-    """A path that knows a function, and its steps: they fill the line without gaps."""
+def stepped(value, slope, num_steps):
+    """Steps on a function, which fill the line without gaps, and how many slopes they took."""
     path = IntegrationPath(num_steps)
     while wanted := path.wanted_values():
         path.note_values({scale: value(scale) for scale in wanted})
-    steps = path.steps()
-    assert len(steps) == num_steps
+    num_taken = 0
+    while wanted := path.wanted_slopes():
+        path.note_slopes({scale: slope(scale) for scale in wanted})
+        num_taken += len(wanted)
+    assert num_steps <= len(path.steps) <= num_taken <= 3 * num_steps
     assert path.change == value(1.0) - value(START)
     low = START
-    for scale, length in steps:
-        assert low < scale < low + length
-        low += length
-    assert low == pytest.approx(1.0)
-    return steps
+    for step in path.steps:
+        assert step.low == low < step.scale < step.high
+        low = step.high
+    assert low == 1.0
+    return path.steps, num_taken
 
 
-@pytest.mark.parametrize(("num_steps", "error"), [(16, 0.05), (33, 5e-3), (64, 1e-3)])
+def added(steps, slope):
+    return sum(step.length * slope(step.scale) for step in steps)
+
+
+def sudden(scale):
+    return math.tanh(200 * (scale - 0.37))
+
+
+def sudden_slope(scale):
+    # Beyond this there is nothing, and the cosine is too large for a float.
+    far = abs(scale - 0.37) > 0.5
+    return 0.0 if far else 200 / math.cosh(200 * (scale - 0.37)) ** 2
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "error"), [(4, 0.05), (8, 0.01), (16, 5e-3), (33, 5e-3), (64, 1e-3)]
+)
 def test_steps_of_one_sudden_change_add_up_to_it(num_steps, error):
     """On a function whose integral is known: the values say where to look, and that suffices."""
-    steps = stepped(lambda scale: math.tanh(200 * (scale - 0.37)), num_steps)
-    found = sum(
-        length * 200 / math.cosh(200 * (scale - 0.37)) ** 2
-        for scale, length in steps
-        # Beyond this there is nothing, and the cosine is too large for a float.
-        if abs(scale - 0.37) < 0.5
-    )
-    assert found == pytest.approx(2.0, rel=error)
+    steps, _ = stepped(sudden, sudden_slope, num_steps)
+    assert added(steps, sudden_slope) == pytest.approx(2.0, rel=error)
 
 
-def test_what_goes_up_and_down_at_once_adds_up_to_what_is_left():
-    """A wave of 40 turns beside a straight line: 161 nats to and fro, of which one is left."""
-    turn = 80 * math.pi
-    steps = stepped(lambda scale: math.sin(turn * scale) + scale, 64)
-    found = sum(length * (turn * math.cos(turn * scale) + 1) for scale, length in steps)
-    assert found == pytest.approx(1.0, abs=0.5)
+def test_steps_are_halved_where_their_slopes_do_not_tell_the_change():
+    """Where nothing bends, a slope a step tells all; what goes to and fro takes three."""
+    assert stepped(lambda scale: scale, lambda _: 1.0, 64)[1] == 64
+    turn = 20 * math.pi
+
+    def slope(scale):
+        return turn * math.cos(turn * scale) + 1
+
+    def value(scale):
+        return math.sin(turn * scale) + scale
+
+    steps, num_taken = stepped(value, slope, 64)
+    assert (len(steps), num_taken) == (128, 192)
+    # 40 nats to and fro, of which one is left: a thousandth of the former.
+    assert added(steps, slope) == pytest.approx(value(1.0) - value(START), abs=0.04)
+
+
+def test_a_slope_that_is_told_wrong_has_its_step_halved():
+    """What is compared is the slope that was told with what the values say."""
+    path = IntegrationPath(8)
+    while wanted := path.wanted_values():
+        path.note_values({scale: scale for scale in wanted})
+    scales = path.wanted_slopes()
+    path.note_slopes(dict.fromkeys(scales, 1.0) | {scales[3]: 2.0})
+    wrong = path.steps[3]
+    below, above = path.wanted_slopes()
+    assert wrong.low < below < above < wrong.high
+    path.note_slopes({below: 1.0, above: 1.0})
+    assert path.wanted_slopes() == []
+    assert len(path.steps) == 9
+    assert wrong not in path.steps
 
 
 def test_where_the_stream_is_small_steps_count_by_how_many_times_it_grows():
     """Two tokens take over from each other near zero, and the value of both together rests."""
-    steps = stepped(lambda scale: scale, 64)
+    steps, _ = stepped(lambda scale: scale, lambda _: 1.0, 64)
     # Of x / (x + 0.004), the part of one token; that of the other is the same with another sign.
-    found = sum(length * 0.004 / (scale + 0.004) ** 2 for scale, length in steps)
+    found = added(steps, lambda scale: 0.004 / (scale + 0.004) ** 2)
     assert found == pytest.approx(1 / 1.004 - START / (START + 0.004), rel=0.02)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_few_steps_fill_the_line_too(num_steps):
-    stepped(lambda scale: math.tanh(200 * (scale - 0.37)), num_steps)
+    stepped(sudden, sudden_slope, num_steps)
 
 
 def test_a_value_that_never_changes_has_steps_all_the_same():
-    assert sum(length for _, length in stepped(lambda _: 3.0, 8)) == pytest.approx(1 - START)
+    steps, num_taken = stepped(lambda _: 3.0, lambda _: 0.0, 8)
+    assert num_taken == 8
+    assert sum(step.length for step in steps) == pytest.approx(1 - START)
 
 
 def test_an_answer_has_the_same_bits_again_and_after_others(engine_of):
     engine = engine_of("gemma3_tiny")
     question = AttributionQuestion((a_text(30, ((29, 5),)),), 30, -1, num_steps=8)
     first, num_passes = answer(engine, question)
-    # At most 128 values and 8 derivatives; a pass of 128 tokens has room for four copies of 30.
-    assert num_passes < (128 + 8) / 3
+    # At most 128 values and 24 derivatives; a pass of 128 tokens has room for four copies of 30.
+    assert num_passes < (128 + 24) / 3
     answer(engine, AttributionQuestion((a_text(90, ((89, 5),), seed=1),), 90, 0))
     assert answer(engine, question)[0] == first
 

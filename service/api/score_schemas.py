@@ -167,8 +167,9 @@ class AttributionRequest(_Model):
     )
     steps: Annotated[int, Field(ge=1, le=MAX_ATTRIBUTION_STEPS)] | None = Field(
         None,
-        description=f"Derivatives along the line, with `integrated_gradients`; null: "
-        f"{MAX_ATTRIBUTION_STEPS}. Fewer cost less, and `completeness_error` tells what they miss.",
+        description=f"Parts of the line that have a derivative each, with `integrated_gradients`; "
+        f"null: {MAX_ATTRIBUTION_STEPS}. Fewer cost less, and `completeness_error` tells what they "
+        "miss. Up to twice as many are made where they do not tell what the line changes by.",
     )
 
     @model_validator(mode="after")
