@@ -26,8 +26,8 @@ from model.head_gradient import score_gradient
 from model.intervened_copies import IntervenedCopies, touches_between
 from model.prefill import CHUNK_BUCKETS
 from model.programs import ProgramSpec
-from model.score_head import AskedRows, HeadOutputs
-from model.score_slots import HEAD_PAIRS, HEAD_ROWS
+from model.score_head import AskedRows, HeadOutputs, head_places
+from model.score_slots import HEAD_PAIRS
 from model.slots import PromptChunk
 
 Stream = Float32[np.ndarray, "tokens width"]
@@ -98,6 +98,7 @@ class AttributionPasses:
         self._programs = programs
         self._streams = streams
         self._is_native = is_native
+        self._head_rows = head_places(is_native=is_native)
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
@@ -121,10 +122,10 @@ class AttributionPasses:
             specs.append(ProgramSpec(f"block_backward[{size}]", backward, backward_given, (6,)))
         arguments = (
             self._weights,
-            _floats(HEAD_ROWS, self._config.hidden_dim),
-            _floats(HEAD_ROWS, self._config.vocabulary_size),
-            jax.ShapeDtypeStruct((HEAD_ROWS,), jnp.int32),
-            _floats(HEAD_ROWS),
+            _floats(self._head_rows, self._config.hidden_dim),
+            _floats(self._head_rows, self._config.vocabulary_size),
+            jax.ShapeDtypeStruct((self._head_rows,), jnp.int32),
+            _floats(self._head_rows),
             number,
         )
         gradient = partial(score_gradient, self._config, is_native=self._is_native)
@@ -241,12 +242,13 @@ class AttributionPasses:
         asked = [(row, *each) for row in range(size.num_rows) for each in text.asked]
         logprobs = np.zeros(size.num_rows)
         by_x = np.zeros_like(x) if wants_derivative else None
-        for first in range(0, len(asked), HEAD_ROWS):
-            own = asked[first : first + HEAD_ROWS]
+        num_rows = self._head_rows
+        for first in range(0, len(asked), num_rows):
+            own = asked[first : first + num_rows]
             places = [row * text.num_read + place for row, place, _ in own]
-            token_ids = np.zeros(HEAD_ROWS, np.int32)
+            token_ids = np.zeros(num_rows, np.int32)
             token_ids[: len(own)] = [token_id for *_, token_id in own]
-            at_places = np.zeros((HEAD_ROWS, x.shape[1]), np.float32)
+            at_places = np.zeros((num_rows, x.shape[1]), np.float32)
             at_places[: len(own)] = x[places]
             found: HeadOutputs = self._programs["score"](
                 self._weights, at_places, _asked_rows(token_ids, len(own))
@@ -256,7 +258,7 @@ class AttributionPasses:
             np.add.at(logprobs, [row for row, *_ in own], np.asarray(found.logprobs)[: len(own)])
             yield False
             if by_x is not None:
-                amounts = (np.arange(HEAD_ROWS) < len(own)).astype(np.float32)
+                amounts = (np.arange(num_rows) < len(own)).astype(np.float32)
                 by_places = self._programs["score_gradient"](
                     *(self._weights, at_places, found.logits, token_ids, amounts),
                     np.int32(len(own)),
@@ -287,8 +289,8 @@ def _asked_rows(token_ids: Int[np.ndarray, " places"], count: int) -> AskedRows:
     pairs = np.zeros((2, HEAD_PAIRS), np.int32)
     pairs[0, :count] = np.arange(count)
     pairs[1, :count] = token_ids[:count]
-    wants_top = np.zeros(HEAD_ROWS, bool)
-    compared = np.zeros((2, HEAD_ROWS), np.int32)
+    wants_top = np.zeros(len(token_ids), bool)
+    compared = np.zeros((2, len(token_ids)), np.int32)
     numbers = (np.int32(count), wants_top, np.int32(count), *pairs, np.int32(0), compared)
     return AskedRows(*numbers)
 

@@ -48,8 +48,9 @@ from model.process_memory import give_back_freed_memory, reuse_freed_memory
 from model.programs import CompilationCounter, use_compile_cache
 from model.progress import Progress
 from model.rule_rows import RuleArrays
+from model.score_head import head_places, head_places_of_step
 from model.score_self_test import compare_scores
-from model.score_slots import HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.score_slots import SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.scores import Scores, wanted_residuals
 from model.search_slots import BeamStep, CandidateStep, Choice, Extension
 from model.searches import Searches
@@ -216,7 +217,8 @@ class GemmaEngine:
             packed_prompts=MAX_PACKED_PROMPTS,
             joined_tokens=JOINED_TOKENS if self._joined else 0,
             joined_rows=JOINED_ROWS if self._joined else 0,
-            head_places=HEAD_ROWS // 2 if self._kernels.is_native else 0,
+            head_places=head_places(is_native=self._kernels.is_native),
+            head_places_of_step=head_places_of_step(is_native=self._kernels.is_native),
             keeps_prefixes=self._prefixes.max_blocks > 0,
             buckets={
                 "decode_rows": [*self._row_buckets],

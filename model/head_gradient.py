@@ -41,7 +41,13 @@ def score_gradient(
     """
     of_token = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
     by_hidden = weights.embeddings[token_ids] * _slope(config, of_token)
-    probabilities = jax.nn.softmax(logits, axis=-1) * _slope(config, logits)
+
+    def weigh_row(row: Int[Array, ""], found: Array) -> Array:
+        of_row = jax.nn.softmax(logits[row]) * _slope(config, logits[row])
+        return found.at[row].set(of_row)
+
+    # Of places that are not real it would cost as much.
+    probabilities = jax.lax.fori_loop(0, num_real, weigh_row, jnp.zeros_like(logits))
     if is_native:
         by_hidden -= back_product(probabilities, weights.embeddings, num_real)
     else:

@@ -1,9 +1,9 @@
 """What is told of a score: likelihoods of given tokens, from the residual stream before each.
 
-A fixed number of places goes through the head together, whoever they belong to; so the memory that
-it takes does not grow with the length of a text. XLA's product always has the same shape, a row of
-the kernel's is its own affair, and everything else is done place by place; so neither a neighbour
-nor the number of them changes a bit.
+A bounded number of places goes through the head together, whoever they belong to; so the memory
+that it takes does not grow with the length of a text. XLA's product always has the same shape, a
+row of the kernel's is its own affair, and everything else is done place by place; so neither a
+neighbour nor the number of them changes a bit.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,26 @@ from model.gemma.weights import GemmaWeights
 from model.kernels.product import product
 from model.slots import MAX_LOGPROBS
 
+# The table is read once for all places that go through the head together: that is two fifths of the
+# time of 16 places, and a sixth of that of 48 (docs/performance.md). The kernel's product takes
+# time for real places alone, XLA's for all. 48 are 24, 16 or 12 places of 2, 3 or 4 versions.
+_NATIVE_PLACES = 48
+_XLA_PLACES = 16
+# Of the native ones, no longer than a step of decoding.
+_NATIVE_PLACES_OF_STEP = 8
+
 # Up to here the series of the exponential is right to all digits.
 _SMALL = 0.25
+
+
+def head_places(*, is_native: bool) -> int:
+    """Places that go through the head together at most."""
+    return _NATIVE_PLACES if is_native else _XLA_PLACES
+
+
+def head_places_of_step(*, is_native: bool) -> int:
+    """Places for which the head takes no longer than a step; XLA's takes as long for any."""
+    return _NATIVE_PLACES_OF_STEP if is_native else _XLA_PLACES
 
 
 class AskedRows(NamedTuple):

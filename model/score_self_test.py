@@ -14,7 +14,7 @@ import numpy as np
 
 from model.errors import SelfTestFailed
 from model.intervention_slots import Intervention, Touch
-from model.score_slots import HEAD_ROWS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.score_slots import AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.self_test_report import REPORT, machine_of
 from model.slots import MAX_LOGPROBS, EngineInfo
 
@@ -69,14 +69,14 @@ def compare_scores(subject: ScoreSubject) -> int:
 
 def _compare_head(subject: ScoreSubject, residuals: Sequence[Residual]) -> int:
     vocab = subject.info.vocabulary_size
-    count = len(residuals)
+    count, num_places = len(residuals), subject.info.head_places
     # Two that are compared, again and again.
     pairs = [
         [
             AskedPlace(residuals[i % count], (_ID_STRIDE * i % vocab,)),
             AskedPlace(residuals[(i + 1) % count], (_ID_STRIDE * (i + 1) % vocab,), MAX_LOGPROBS),
         ]
-        for i in range(0, HEAD_ROWS, 2)
+        for i in range(0, num_places, 2)
     ]
     together = subject.measure(_compared(pairs[::-1]))
     for number, pair in enumerate(pairs[::-1]):
@@ -84,10 +84,10 @@ def _compare_head(subject: ScoreSubject, residuals: Sequence[Residual]) -> int:
         alone = subject.measure(_compared([pair]))
         if [*map(_bits, alone)] != [*map(_bits, found)]:
             raise SelfTestFailed(
-                f"A token that is scored gets other bits among {HEAD_ROWS} than alone on "
+                f"A token that is scored gets other bits among {num_places} than alone on "
                 f"{machine_of(subject.info)}. {_NO_SETTING}"
             )
-    return HEAD_ROWS
+    return num_places
 
 
 def _compared(pairs: Sequence[Sequence[AskedPlace]]) -> list[AskedPlace]:

@@ -28,9 +28,8 @@ from model.slots import EngineOptions
 
 # Texts that may be half read at once.
 SCORE_SLOTS = 3
-# Places that are measured together, and pairs of a place and a token.
-HEAD_ROWS = 16
-HEAD_PAIRS = 64
+# Pairs of a place and a token that are measured together.
+HEAD_PAIRS = 96
 
 # The residual stream at one place; what it is, only the engine knows.
 Residual = Any
@@ -112,7 +111,7 @@ class ScoreEngine(SearchEngine, Protocol):
         """
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
-        """Takes at most `HEAD_ROWS` places with at most `HEAD_PAIRS` tokens in all."""
+        """Takes ``info.head_places`` with `HEAD_PAIRS` tokens in all, at most."""
 
 
 ScoreEngineLoader = Callable[[EngineOptions, Progress], ScoreEngine]

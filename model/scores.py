@@ -17,8 +17,8 @@ from model.chunk_stream import ChunkStream
 from model.config import GemmaConfig
 from model.gemma.weights import GemmaWeights
 from model.programs import ProgramSpec
-from model.score_head import AskedRows, HeadOutputs, score_rows
-from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.score_head import AskedRows, HeadOutputs, head_places, score_rows
+from model.score_slots import HEAD_PAIRS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.slots import MAX_LOGPROBS
 
 
@@ -44,26 +44,28 @@ class Scores:
         self._weights = weights
         self._programs = programs
         self._is_native = is_native
+        self._num_rows = head_places(is_native=is_native)
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
-        x = jax.ShapeDtypeStruct((HEAD_ROWS, self._config.hidden_dim), jnp.float32)
-        asked = _asked_rows(())
+        x = jax.ShapeDtypeStruct((self._num_rows, self._config.hidden_dim), jnp.float32)
+        asked = _asked_rows((), self._num_rows)
         score = partial(score_rows, self._config, is_native=self._is_native)
         return [ProgramSpec("score", score, (self._weights, x, asked))]
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
         """See `model.score_slots.ScoreEngine.measure`."""
         num_pairs = sum(len(place.token_ids) for place in places)
-        if len(places) > HEAD_ROWS or num_pairs > HEAD_PAIRS:
+        if len(places) > self._num_rows or num_pairs > HEAD_PAIRS:
             raise ValueError(
-                f"{len(places)} places and {num_pairs} tokens were given; at most {HEAD_ROWS} and "
-                f"{HEAD_PAIRS} are measured together."
+                f"{len(places)} places and {num_pairs} tokens were given; at most "
+                f"{self._num_rows} and {HEAD_PAIRS} are measured together."
             )
-        x = np.zeros((HEAD_ROWS, self._config.hidden_dim), np.float32)
+        x = np.zeros((self._num_rows, self._config.hidden_dim), np.float32)
         for row, place in enumerate(places):
             x[row] = place.residual
-        outputs: HeadOutputs = self._programs["score"](self._weights, x, _asked_rows(places))
+        asked = _asked_rows(places, self._num_rows)
+        outputs: HeadOutputs = self._programs["score"](self._weights, x, asked)
         # All but the logits, which stay where they are.
         is_finite, logprobs, ranks, top_ids, top_logprobs, found = jax.device_get(
             tuple(outputs)[1:]
@@ -117,10 +119,10 @@ def _bytes(logits: jax.Array, row: int) -> bytes:
     return of_row
 
 
-def _asked_rows(places: Sequence[AskedPlace]) -> AskedRows:
-    wants_top = np.zeros(HEAD_ROWS, bool)
+def _asked_rows(places: Sequence[AskedPlace], num_rows: int) -> AskedRows:
+    wants_top = np.zeros(num_rows, bool)
     pairs = np.zeros((2, HEAD_PAIRS), np.int32)
-    compared = np.zeros((2, HEAD_ROWS), np.int32)
+    compared = np.zeros((2, num_rows), np.int32)
     num_pairs, num_compared = 0, 0
     for row, place in enumerate(places):
         assert 0 <= place.num_top <= MAX_LOGPROBS, "admission bounds the alternatives"

@@ -85,10 +85,10 @@ class EngineInfo:
     without ``has_tokenizer`` there are token ids and no text. Up to
     ``packed_prompts`` prompts with no more than ``packed_tokens`` left together may be prefilled
     together. ``joined_tokens`` of prompts and ``joined_rows`` may go through the blocks together;
-    0: `Engine.join` may not be called. The head of scores takes no longer than a step for
-    ``head_places``; 0: for any number. ``adapter_slots`` adapters of at most ``adapter_max_rank``
-    may be used at once, beside the base. ``keeps_prefixes`` tells whether `Engine.keep` keeps
-    anything. ``self_test`` is None for an engine that needs none.
+    0: `Engine.join` may not be called. The head of scores takes ``head_places`` together, and for
+    ``head_places_of_step`` no longer than a step takes. ``adapter_slots`` adapters of at most
+    ``adapter_max_rank`` may be used at once, beside the base. ``keeps_prefixes`` tells whether
+    `Engine.keep` keeps anything. ``self_test`` is None for an engine that needs none.
     """
 
     preset: str
@@ -111,6 +111,7 @@ class EngineInfo:
     joined_tokens: int = 0
     joined_rows: int = 0
     head_places: int = 0
+    head_places_of_step: int = 0
     keeps_prefixes: bool = False
     buckets: dict[str, list[int]] = field(default_factory=dict)
     programs: tuple[str, ...] = ()

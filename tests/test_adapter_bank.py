@@ -17,7 +17,7 @@ from model.gemma.forward import forward
 from model.gemma.keras_lora import TARGETS, lora_shapes, merged_kernel
 from model.lora_adapter import LoraForm
 from model.progress import no_progress
-from model.score_slots import HEAD_ROWS, AskedPlace, ScoreChunk
+from model.score_slots import AskedPlace, ScoreChunk
 from model.search_slots import Beam, BeamStep, CandidateStep, SearchRules
 from model.slots import (
     AdapterForm,
@@ -94,10 +94,10 @@ def scored(engine, tokens, adapter):
         except StopIteration as end:
             residuals = end.value
             break
-    found = []
-    for first in range(0, len(residuals), HEAD_ROWS):
+    found, most = [], engine.info.head_places
+    for first in range(0, len(residuals), most):
         places = zip(residuals[first:], tokens[first + 1 :], strict=True)
-        found += engine.measure([AskedPlace(x, (token,)) for x, token in list(places)[:HEAD_ROWS]])
+        found += engine.measure([AskedPlace(x, (token,)) for x, token in list(places)[:most]])
     return [place.logprobs[0] for place in found]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from model.score_slots import HEAD_ROWS, AskedPlace
+from model.score_slots import AskedPlace
 from service.protocol.messages import (
     AdapterSource,
     Capture,
@@ -284,7 +284,7 @@ def test_a_divergence_is_that_of_the_logits_in_double_precision(name, engine_of)
 
 def test_a_divergence_and_its_places_have_the_bits_they_have_alone(engine_of):
     engine = engine_of("gemma3_tiny")
-    residuals = residuals_of(engine, random_tokens(HEAD_ROWS))
+    residuals = residuals_of(engine, random_tokens(engine.info.head_places))
     plain = engine.measure([AskedPlace(each, (7,), num_top=3) for each in residuals])
     asked = [
         AskedPlace(each, (7,), num_top=3, compared_with=row - row % 4 if row % 4 else None)

@@ -330,7 +330,7 @@ def test_the_api_the_protocol_and_the_model_name_the_same_parameters():
 def test_what_info_shows_is_what_the_engine_tells():
     shown = set(ServerInfo.__struct_fields__)
     of_the_scheduler = {"chunk_tokens", "packed_tokens", "packed_prompts", "keeps_prefixes"}
-    of_the_scheduler |= {"joined_tokens", "joined_rows", "head_places"}
+    of_the_scheduler |= {"joined_tokens", "joined_rows", "head_places", "head_places_of_step"}
     assert shown | of_the_scheduler == {field.name for field in fields(EngineInfo)}
 
 

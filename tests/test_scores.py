@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.errors import SequenceTooLong, TokenOutOfRange
-from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, ScoreChunk
+from model.score_slots import HEAD_PAIRS, AskedPlace, ScoreChunk
 from tests import goldens
 from tests.test_engine import (
     GREEDY,
@@ -47,9 +47,9 @@ def residuals_of(engine, token_ids, slot=0):
 
 def logprobs_of(engine, residuals, targets):
     """Of one token behind each place, as many at once as fit."""
-    found = []
-    for first in range(0, len(targets), HEAD_ROWS):
-        pairs = zip(residuals[first:][:HEAD_ROWS], targets[first:][:HEAD_ROWS], strict=False)
+    found, most = [], engine.info.head_places
+    for first in range(0, len(targets), most):
+        pairs = zip(residuals[first:][:most], targets[first:][:most], strict=False)
         found += engine.measure([AskedPlace(residual, (id_,)) for residual, id_ in pairs])
     return [score.logprobs[0] for score in found]
 
@@ -111,7 +111,7 @@ def test_texts_that_are_read_together_in_one_slot_have_the_bits_of_each_alone(na
 
 def test_a_place_is_measured_to_the_same_bits_in_any_company(engine_of):
     engine = engine_of("gemma2_tiny")
-    residuals = residuals_of(engine, random_tokens(HEAD_ROWS))
+    residuals = residuals_of(engine, random_tokens(engine.info.head_places))
     places = [
         AskedPlace(residual, (row, 500 - row), num_top=row % 3)
         for row, residual in enumerate(residuals)
@@ -192,8 +192,9 @@ def test_what_does_not_fit_is_refused(engine_of):
         read(engine, ScoreChunk(0, [512], 0))
     with pytest.raises(TokenOutOfRange):
         engine.measure([AskedPlace(residual, (-1,))])
-    with pytest.raises(ValueError, match=f"at most {HEAD_ROWS} and {HEAD_PAIRS}"):
-        engine.measure([AskedPlace(residual, (1,))] * (HEAD_ROWS + 1))
+    most = engine.info.head_places
+    with pytest.raises(ValueError, match=f"at most {most} and {HEAD_PAIRS}"):
+        engine.measure([AskedPlace(residual, (1,))] * (most + 1))
 
 
 def test_nothing_compiles_for_a_score_once_an_engine_is_loaded(engine_of):

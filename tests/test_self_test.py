@@ -15,8 +15,8 @@ from model.engine_programs import row_buckets
 from model.errors import SelfTestFailed
 from model.kernels.library import load_kernels
 from model.progress import no_progress
+from model.score_head import head_places
 from model.score_self_test import compare_scores
-from model.score_slots import HEAD_ROWS
 from model.self_test import compare_bits
 from model.self_test_record import claim_of, keep_result, kept_result
 from model.slots import EngineInfo, EngineOptions, SampledToken, SelfTest
@@ -35,8 +35,6 @@ CHUNKS = (64, 128, 256)
 # With adapters: seven positions by each chunk program and of three prompts in one chunk, and four
 # rows in two orders.
 PASSED = SelfTest((2, 4), CHUNKS, 130 + 32 + 9 + 5 + 7 + 7 * (3 + 3) + 2 * 4)
-# A continuation of 11 tokens in three companies, and a full batch of the head.
-NUM_SCORES = 3 * 11 + HEAD_ROWS
 # Of three rows the losses of 15, 10 and 7 tokens, and of each the A and B of seven projections.
 NUM_TRAINED = 15 + 10 + 7 + 3 * 2 * 7
 KERNELS = "avx2 of-these-sources.so"
@@ -310,6 +308,11 @@ def test_a_difference_behind_the_first_block_is_found():
 # --- on compiled programs ---------------------------------------------------------------------
 
 
+def num_scores(kernels):
+    """A continuation of 11 tokens in three companies, and a full batch of the head."""
+    return 3 * 11 + head_places(is_native=load_kernels(kernels).is_native)
+
+
 def passed(kernels="auto"):
     """By an engine of four slots: with native kernels a lone row runs as one, and two rows without
     interventions are joined to a prompt of 100 tokens in four parts, to the last of them one.
@@ -328,8 +331,9 @@ def test_the_programs_of_every_family_pass_and_info_says_so(name, kernels, engin
     engine = engine_of(name, kernels)
     rows = passed(kernels)
     assert compare_bits(engine) == rows
-    assert compare_scores(engine) == NUM_SCORES
-    num_compared = rows.num_comparisons + NUM_SCORES + NUM_TRAINED
+    num_scored = num_scores(kernels)
+    assert compare_scores(engine) == num_scored
+    num_compared = rows.num_comparisons + num_scored + NUM_TRAINED
     assert engine.info.self_test == replace(rows, num_comparisons=num_compared)
 
 
@@ -403,7 +407,7 @@ def test_one_unit_in_one_score_of_a_compiled_program_is_found(engine_of, monkeyp
         return outputs._replace(logprobs=logprobs)
 
     monkeypatch.setitem(engine._programs, "score", uneven)
-    with pytest.raises(SelfTestFailed, match="token that is scored gets other bits among 16"):
+    with pytest.raises(SelfTestFailed, match="token that is scored gets other bits among 48"):
         compare_scores(engine)
 
 
@@ -515,7 +519,7 @@ def test_info_shows_what_was_compared_and_null_where_nothing_was(engine_of):
     shown = asyncio.run(ops.info(state)).model_dump()["self_test"]
     assert shown == {
         "passed": True, "row_counts": [2, 4], "chunk_tokens": [*CHUNKS],
-        "comparisons": PASSED.num_comparisons + NUM_SCORES + NUM_TRAINED,
+        "comparisons": PASSED.num_comparisons + num_scores("xla") + NUM_TRAINED,
     }  # fmt: skip
     view.info = server_info(replace(engine.info, self_test=None))
     assert asyncio.run(ops.info(state)).self_test is None

@@ -21,7 +21,8 @@ from service.protocol.messages import (
 )
 from service.worker.admission import Refusal
 from service.worker.score_inputs import MAX_TOLD_TOKENS
-from tests.fakes.arithmetic_engine import HEAD_PLACES, NOT_FINITE
+from tests.fakes.arithmetic_engine import NOT_FINITE
+from tests.fakes.arithmetic_scores import HEAD_PLACES, HEAD_PLACES_OF_STEP
 from tests.test_loop import NUM_SLOTS, Worker, generate
 
 
@@ -198,7 +199,7 @@ def test_parts_of_scores_and_steps_take_turns():
         )
     worker.run()
     assert all(pair != ("part", "part") for pair in itertools.pairwise(kinds))
-    # Four chunks, and the head after every second one.
+    # Four chunks, and the head for eight places and for seven.
     assert kinds.count("part") == 4 + 2
 
 
@@ -214,10 +215,33 @@ def test_beside_a_stream_the_head_takes_few_places_at_once(is_accompanied):
     worker.engine.measure = lambda places: counts.append(len(places)) or measure(places)
     worker.run()
     assert sum(counts) == 30
-    assert max(counts) == (HEAD_PLACES if is_accompanied else 12)
+    assert max(counts) == (HEAD_PLACES_OF_STEP if is_accompanied else HEAD_PLACES)
     [[target]] = [each.targets for each in worker.found("s")]
     # Of ones behind 0, 1, 2, … in all.
     assert target.logprob == sum(logprob([1] * number, 1) for number in range(30))
+
+
+def test_places_wait_for_the_rest_of_their_request():
+    worker = ScoreWorker()
+    worker.score(score("a", *[ScoredContext("1 1 1", (" 3",))] * 10))
+    assert parts_of(worker) == ["read"] * 10 + [10]
+
+
+def test_a_request_that_was_read_waits_for_two_chunks_of_others_at_the_head():
+    worker = ScoreWorker()
+    worker.score(score("short", ScoredContext("2 2 2", (" 6",))))
+    worker.score(score("long", *[ScoredContext("1 1 1", (" 3",))] * 10))
+    assert parts_of(worker) == ["read"] * 3 + [3] + ["read"] * 8 + [8]
+
+
+def parts_of(worker):
+    """Runs it: "read" for each chunk, and how many places each call of the head had."""
+    parts = []
+    read, measure = worker.engine.read, worker.engine.measure
+    worker.engine.read = lambda chunks: parts.append("read") or read(chunks)
+    worker.engine.measure = lambda places: parts.append(len(places)) or measure(places)
+    worker.run()
+    return parts
 
 
 def test_a_score_that_is_cancelled_ends_and_the_next_one_is_not_disturbed():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from model.attribution_questions import AttributionEngine
 from model.errors import ModelError
 from model.intervention_slots import Captured
-from model.score_slots import HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
+from model.score_slots import SCORE_SLOTS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from service.protocol.messages import Event, Failed
 from service.worker.adapter_desk import NO_ADAPTER, AdapterDesk
 from service.worker.admission import Admission
@@ -64,14 +64,15 @@ class ScoreDesk:
             adapters.release_all,
         )
         self._requests: dict[str, ScoreRequest] = {}
-        self._places = WaitingPlaces()
+        self._places = WaitingPlaces(info.head_places)
         self._reading: Reading | None = None
         self._layers: Iterator[None] = iter(())
         self._residuals: list[Residual] = []
         # Of each piece that is being read; its request may end meanwhile.
         self._num_captures: list[int] = []
         self._num_chunks = 0
-        self._head_places_beside = info.head_places or HEAD_ROWS
+        self._head_places = info.head_places
+        self._head_places_of_step = info.head_places_of_step
         self._attributions = AttributionDesk(engine, admission, work, clock)
         self._was_attribution_turn = True
 
@@ -109,7 +110,7 @@ class ScoreDesk:
 
         Accompanied by rows that decode, the head takes no longer than a step.
         """
-        head_places = self._head_places_beside if is_accompanied else HEAD_ROWS
+        head_places = self._head_places_of_step if is_accompanied else self._head_places
         has_texts = bool(self._places) or self._reading is not None or self._line.has_work
         is_turn = not (has_texts and self._was_attribution_turn)
         self._was_attribution_turn = self._attributions.has_work and is_turn

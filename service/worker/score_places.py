@@ -5,18 +5,18 @@ its text has been read under all of them, and then they go through the head toge
 distributions that are compared, no more are ever there than one call of the head makes::
 
     add(version 0), add(version 1), ...    in any order, chunk by chunk
-    next_group() -> groups of at most HEAD_ROWS rows and HEAD_PAIRS tokens in all
+    pop_together() -> groups of no more places and tokens than the head takes
 """
 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from model.score_slots import HEAD_PAIRS, HEAD_ROWS, AskedPlace, Residual
+from model.score_slots import HEAD_PAIRS, AskedPlace, Residual
 from service.worker.score_line import Asked, TargetToken
 from service.worker.score_request import ScoreRequest
 
-# Chunks that a place waits for company at the head.
+# Chunks that a place whose request was read to its end waits for company at the head.
 _MAX_CHUNKS_WAITED = 2
 
 
@@ -55,8 +55,13 @@ class WaitingPlace:
 
 @dataclass(slots=True)
 class WaitingPlaces:
-    """All that wait, in the order in which they were read."""
+    """All that wait, in the order in which they were read.
 
+    Attributes:
+        full_rows: With so many the head waits for no more.
+    """
+
+    full_rows: int
     _waiting: deque[WaitingPlace] = field(default_factory=deque)
     _num_rows: int = 0
     # Request and place -> version -> its residual, while some are missing.
@@ -82,6 +87,7 @@ class WaitingPlaces:
         if len(residuals) < request.num_versions:
             return
         del incomplete[asked]
+        request.note_read(asked)
         in_order = tuple(residuals[each] for each in range(request.num_versions))
         # With several versions the first tokens of many targets are too many for one call.
         most = HEAD_PAIRS // request.num_versions
@@ -94,9 +100,13 @@ class WaitingPlaces:
         """Whether the head should not be kept waiting for company, ``num_chunks`` being read."""
         if not self._waiting:
             return False
-        waited = num_chunks - self._waiting[0].read_at
-        is_full = self._num_rows >= HEAD_ROWS
-        return is_full or not is_more_coming or waited >= _MAX_CHUNKS_WAITED
+        if self._num_rows >= self.full_rows or not is_more_coming:
+            return True
+        # Where more of its request is to be read, nobody has the answer any sooner.
+        return any(
+            each.request.is_read and num_chunks - each.read_at >= _MAX_CHUNKS_WAITED
+            for each in self._waiting
+        )
 
     def pop_together(self, most_rows: int) -> list[WaitingPlace]:
         """Those that waited longest, of at most so many rows; at least one."""

@@ -25,7 +25,7 @@ from service.worker.actions import RowKey
 from service.worker.attribution_jobs import AttributionJob
 from service.worker.interventions import intervention_of
 from service.worker.score_inputs import PlannedCapture, PlannedInput, PlannedTarget
-from service.worker.score_line import Marked, Passage, ScorePiece, TargetToken
+from service.worker.score_line import Asked, Marked, Passage, ScorePiece, TargetToken
 from service.worker.translate import token_logprob
 
 
@@ -86,6 +86,8 @@ class ScoreRequest:
         self._divergences: dict[tuple[int, TargetToken], float] = {}
         num_tokens = sum(len(t.token_ids) for given in inputs for t in given.targets)
         self._num_missing = num_tokens * len(versions)
+        # Not read under all versions yet.
+        self._num_unread = num_tokens
         self._interventions = [intervention_of(each) for each in command.interventions]
         self._captures = command.captures
         # Version, input, target, number of the capture, layer -> the numbers of its positions, in
@@ -102,6 +104,15 @@ class ScoreRequest:
         """Whether everything that it asked is known."""
         num_missing = self._num_missing + self._num_missing_captures
         return num_missing == 0 and all(each.answer for each in self.attributions)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the head alone is missing."""
+        return self._num_unread == 0
+
+    def note_read(self, asked: Asked) -> None:
+        """A place was read under every version."""
+        self._num_unread -= len(asked.tokens)
 
     def touches(self, piece: ScorePiece) -> tuple[Touch, ...]:
         """Interventions in one of its pieces."""

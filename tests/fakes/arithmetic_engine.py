@@ -36,7 +36,7 @@ from model.slots import (
     SampledToken,
 )
 from tests.fakes.arithmetic_attributions import NUM_LAYERS, WIDTH, ArithmeticAttributions
-from tests.fakes.arithmetic_scores import ArithmeticScores
+from tests.fakes.arithmetic_scores import HEAD_PLACES, HEAD_PLACES_OF_STEP, ArithmeticScores
 from tests.fakes.arithmetic_search import ArithmeticSearches
 from tests.fakes.arithmetic_stream import embedded, stream, touching
 from tests.fakes.arithmetic_trainer import ArithmeticAdapters, ArithmeticTrainer
@@ -46,8 +46,6 @@ BOS_ID = 0
 EOS_ID = 999
 TURN_IDS = (997, 998)
 CHUNK_TOKENS = 4
-# That the head of scores takes between two steps.
-HEAD_PLACES = 8
 
 
 def next_token(tokens: Sequence[int], seed: int = 0) -> int:
@@ -122,6 +120,7 @@ class ArithmeticEngine(
             joined_tokens=self.joined_tokens,
             joined_rows=3 if self.joined_tokens else 0,
             head_places=HEAD_PLACES,
+            head_places_of_step=HEAD_PLACES_OF_STEP,
             keeps_prefixes=self._options.prefix_cache_bytes > 0,
             adapter_slots=self._options.adapter_slots,
             adapter_max_rank=self._options.adapter_max_rank,

@@ -10,8 +10,12 @@ import time
 from collections.abc import Generator, Sequence
 
 from model.intervention_slots import Captured
-from model.score_slots import HEAD_PAIRS, HEAD_ROWS, SCORE_SLOTS, AskedPlace, PlaceScore, ScoreChunk
+from model.score_slots import HEAD_PAIRS, SCORE_SLOTS, AskedPlace, PlaceScore, ScoreChunk
 from tests.fakes.arithmetic_stream import captured, embedded, numbers, stream, touching
+
+# That the head of scores takes together, and between two steps.
+HEAD_PLACES = 16
+HEAD_PLACES_OF_STEP = 8
 
 VOCABULARY_SIZE = 1000
 
@@ -73,7 +77,7 @@ class ArithmeticScores:
         return residuals
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
-        assert 0 < len(places) <= HEAD_ROWS
+        assert 0 < len(places) <= HEAD_PLACES
         assert sum(len(place.token_ids) for place in places) <= HEAD_PAIRS
         time.sleep(self._step_seconds)
         return [self._measure(place, places) for place in places]
