@@ -24,9 +24,10 @@ from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.weights import GemmaWeights
 from model.head_gradient import score_gradient
 from model.intervened_copies import IntervenedCopies, touches_between
+from model.logits_room import LogitsRoom
 from model.prefill import CHUNK_BUCKETS
 from model.programs import ProgramSpec
-from model.score_head import AskedRows, HeadOutputs, head_places
+from model.score_head import AskedRows, HeadOutputs
 from model.score_slots import HEAD_PAIRS
 from model.slots import PromptChunk
 
@@ -79,6 +80,7 @@ class AttributionPasses:
         traits: Of the layers.
         programs: Of the engine, filled by it.
         streams: Of the engine: how the residual stream is changed.
+        room: For logits.
         is_native: Products are the native kernel's.
     """
 
@@ -89,6 +91,7 @@ class AttributionPasses:
         traits: Sequence[LayerTraits],
         programs: dict[str, Callable[..., Any]],
         streams: ChunkStreams,
+        room: LogitsRoom,
         *,
         is_native: bool,
     ) -> None:
@@ -98,7 +101,8 @@ class AttributionPasses:
         self._programs = programs
         self._streams = streams
         self._is_native = is_native
-        self._head_rows = head_places(is_native=is_native)
+        self._room = room
+        self._head_rows = room.shape[0]
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
@@ -123,13 +127,13 @@ class AttributionPasses:
         arguments = (
             self._weights,
             _floats(self._head_rows, self._config.hidden_dim),
-            _floats(self._head_rows, self._config.vocabulary_size),
+            _floats(*self._room.shape),
             jax.ShapeDtypeStruct((self._head_rows,), jnp.int32),
             _floats(self._head_rows),
             number,
         )
         gradient = partial(score_gradient, self._config, is_native=self._is_native)
-        return [*specs, ProgramSpec("score_gradient", gradient, arguments)]
+        return [*specs, ProgramSpec("score_gradient", gradient, arguments, donated=(2,))]
 
     def warm_up(self) -> None:
         """One pass of each length."""
@@ -251,20 +255,21 @@ class AttributionPasses:
             at_places = np.zeros((num_rows, x.shape[1]), np.float32)
             at_places[: len(own)] = x[places]
             found: HeadOutputs = self._programs["score"](
-                self._weights, at_places, _asked_rows(token_ids, len(own))
+                *(self._weights, at_places, _asked_rows(token_ids, len(own)), self._room.take())
             )
+            logits = found.logits
             if not np.asarray(found.is_finite)[: len(own)].all():
                 raise NotFinite
             np.add.at(logprobs, [row for row, *_ in own], np.asarray(found.logprobs)[: len(own)])
             yield False
             if by_x is not None:
                 amounts = (np.arange(num_rows) < len(own)).astype(np.float32)
-                by_places = self._programs["score_gradient"](
-                    *(self._weights, at_places, found.logits, token_ids, amounts),
-                    np.int32(len(own)),
+                by_places, logits = self._programs["score_gradient"](
+                    *(self._weights, at_places, logits, token_ids, amounts, np.int32(len(own)))
                 )
                 np.add.at(by_x, places, np.asarray(by_places)[: len(own)])
                 yield False
+            self._room.give_back(logits)
         return logprobs, by_x
 
 

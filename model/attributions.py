@@ -14,6 +14,7 @@ from model.gemma.block import LayerTraits
 from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.weights import GemmaWeights
 from model.integration_path import IntegrationPath
+from model.logits_room import LogitsRoom
 from model.programs import ProgramSpec
 
 # The error of completeness is not told relative to a change smaller than this.
@@ -31,6 +32,7 @@ class Attributions:
         traits: Of the layers.
         programs: Of the engine, filled by it.
         streams: Of the engine: how the residual stream is changed.
+        room: For logits.
         is_native: Products are the native kernel's.
     """
 
@@ -41,12 +43,13 @@ class Attributions:
         traits: Sequence[LayerTraits],
         programs: dict[str, Callable[..., Any]],
         streams: ChunkStreams,
+        room: LogitsRoom,
         *,
         is_native: bool,
     ) -> None:
         self._width = config.hidden_dim
         self._passes = AttributionPasses(
-            config, weights, traits, programs, streams, is_native=is_native
+            config, weights, traits, programs, streams, room, is_native=is_native
         )
 
     def program_specs(self) -> list[ProgramSpec]:

@@ -39,6 +39,7 @@ from model.gemma.kv_cache import LayerCache
 from model.intervention_rows import InterventionArrays
 from model.joined_turn import JOINED_ROWS, JOINED_TOKENS, JoinedTurns
 from model.kernels.library import Kernels, load_kernels
+from model.logits_room import LogitsRoom
 from model.opened_preset import arrays_on_device, codec_of
 from model.prefill import CHUNK_BUCKETS, MAX_PACKED_PROMPTS, PACKED_TOKENS, ChunkRows, chunk_of
 from model.prefix_store import PrefixStore
@@ -163,8 +164,9 @@ class GemmaEngine:
             bank=self._bank,
             is_native=kernels.is_native,
         )
+        room = LogitsRoom(head_places(is_native=kernels.is_native), self._config.vocabulary_size)
         self._scores = Scores(
-            self._config, self._weights, self._programs, is_native=kernels.is_native
+            self._config, self._weights, self._programs, room, is_native=kernels.is_native
         )
         self._joined: JoinedTurns | None = None
         if kernels.is_native:
@@ -175,7 +177,7 @@ class GemmaEngine:
             )
         self._streams = ChunkStreams(self._config, self._weights, self._programs)
         self._attributions = Attributions(
-            *(self._config, self._weights, self._traits, self._programs, self._streams),
+            *(self._config, self._weights, self._traits, self._programs, self._streams, room),
             is_native=kernels.is_native,
         )
         self._batches, self.trainer = engine_trainer(

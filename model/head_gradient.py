@@ -26,8 +26,10 @@ def score_gradient(
     num_real: Int[Array, ""],
     *,
     is_native: bool,
-) -> Float[Array, "rows width"]:
+) -> tuple[Float[Array, "rows width"], Float[Array, "rows vocab"]]:
     """The derivative of ``sum(amounts · log p(token_ids))`` by each row of ``x``.
+
+    Returns it, and the memory of ``logits``, which is taken over (`model.logits_room`).
 
     Args:
         config: Architecture (static).
@@ -41,21 +43,22 @@ def score_gradient(
     """
     of_token = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
     by_hidden = weights.embeddings[token_ids] * _slope(config, of_token)
+    # Before the logits are overwritten.
+    by_hidden, logits = jax.lax.optimization_barrier((by_hidden, logits))
 
     def weigh_row(row: Int[Array, ""], found: Array) -> Array:
-        of_row = jax.nn.softmax(logits[row]) * _slope(config, logits[row])
+        of_row = jax.nn.softmax(found[row]) * _slope(config, found[row])
         return found.at[row].set(of_row)
 
     # Of places that are not real it would cost as much.
-    probabilities = jax.lax.fori_loop(0, num_real, weigh_row, jnp.zeros_like(logits))
+    probabilities = jax.lax.fori_loop(0, num_real, weigh_row, logits)
     if is_native:
         by_hidden -= back_product(probabilities, weights.embeddings, num_real)
     else:
         by_hidden -= probabilities @ weights.embeddings
     _, pull_back = jax.vjp(lambda rows: final_hidden(config, weights, rows[None])[0], x)
     [by_x] = pull_back(by_hidden * amounts[:, None])
-    found: Array = by_x
-    return found
+    return by_x, probabilities
 
 
 def _slope(config: GemmaConfig, logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -90,6 +90,7 @@ def score_rows(
     weights: GemmaWeights,
     x: Float[Array, "rows width"],
     asked: AskedRows,
+    room: Float[Array, "rows vocab"],
     *,
     is_native: bool,
 ) -> HeadOutputs:
@@ -100,9 +101,12 @@ def score_rows(
         weights: Of the model.
         x: The residual stream after the last block, at each place.
         asked: About them.
+        room: Memory that the logits take over (`model.logits_room`); it is not read.
         is_native: The native kernel makes the logits, of the real places only; those of others are
             zeros then.
     """
+    # JAX would leave out an argument that is not used at all, and its memory with it.
+    x, _ = jax.lax.optimization_barrier((x, room))
     # What follows goes row by row and must not be fused with what has all rows.
     logits = jax.lax.optimization_barrier(
         _logits(config, weights, x, asked.num_rows, is_native=is_native)

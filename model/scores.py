@@ -16,8 +16,9 @@ import numpy as np
 from model.chunk_stream import ChunkStream
 from model.config import GemmaConfig
 from model.gemma.weights import GemmaWeights
+from model.logits_room import LogitsRoom
 from model.programs import ProgramSpec
-from model.score_head import AskedRows, HeadOutputs, head_places, score_rows
+from model.score_head import AskedRows, HeadOutputs, score_rows
 from model.score_slots import HEAD_PAIRS, AskedPlace, PlaceScore, Residual, ScoreChunk
 from model.slots import MAX_LOGPROBS
 
@@ -29,6 +30,7 @@ class Scores:
         config: Of the model.
         weights: Of the model.
         programs: Of the engine, filled by it.
+        room: For logits.
         is_native: Logits are the native kernel's.
     """
 
@@ -37,6 +39,7 @@ class Scores:
         config: GemmaConfig,
         weights: GemmaWeights,
         programs: dict[str, Callable[..., Any]],
+        room: LogitsRoom,
         *,
         is_native: bool,
     ) -> None:
@@ -44,14 +47,16 @@ class Scores:
         self._weights = weights
         self._programs = programs
         self._is_native = is_native
-        self._num_rows = head_places(is_native=is_native)
+        self._room = room
+        self._num_rows = room.shape[0]
 
     def program_specs(self) -> list[ProgramSpec]:
         """What is to be compiled."""
         x = jax.ShapeDtypeStruct((self._num_rows, self._config.hidden_dim), jnp.float32)
         asked = _asked_rows((), self._num_rows)
         score = partial(score_rows, self._config, is_native=self._is_native)
-        return [ProgramSpec("score", score, (self._weights, x, asked))]
+        room = jax.ShapeDtypeStruct(self._room.shape, jnp.float32)
+        return [ProgramSpec("score", score, (self._weights, x, asked, room), donated=(3,))]
 
     def measure(self, places: Sequence[AskedPlace]) -> list[PlaceScore]:
         """See `model.score_slots.ScoreEngine.measure`."""
@@ -64,8 +69,9 @@ class Scores:
         x = np.zeros((self._num_rows, self._config.hidden_dim), np.float32)
         for row, place in enumerate(places):
             x[row] = place.residual
-        asked = _asked_rows(places, self._num_rows)
-        outputs: HeadOutputs = self._programs["score"](self._weights, x, asked)
+        outputs: HeadOutputs = self._programs["score"](
+            *(self._weights, x, _asked_rows(places, self._num_rows), self._room.take())
+        )
         # All but the logits, which stay where they are.
         is_finite, logprobs, ranks, top_ids, top_logprobs, found = jax.device_get(
             tuple(outputs)[1:]
@@ -93,6 +99,9 @@ class Scores:
                 )
             )
             pair = end
+        # What was looked at from here cannot be taken over.
+        if not any(place.wants_logits for place in places):
+            self._room.give_back(outputs.logits)
         return scores
 
 

@@ -400,8 +400,8 @@ def test_one_unit_in_one_score_of_a_compiled_program_is_found(engine_of, monkeyp
     engine = engine_of("gemma3_tiny")
     program = engine._programs["score"]
 
-    def uneven(weights, x, asked):
-        outputs = program(weights, x, asked)
+    def uneven(*arguments):
+        outputs = program(*arguments)
         logprobs = np.array(outputs.logprobs)
         logprobs[5] = up(logprobs[5])
         return outputs._replace(logprobs=logprobs)
