@@ -19,8 +19,8 @@ look first, and derivatives are spent on what they found:
    in each (mean value theorem). Half of all intervals bend one way there and half the other, but
    the middles of as many are off by 4 % of the change.
 4. The slope that the derivative has there tells what the interval is taken to change by, and the
-   values what it does. While the two differ by more than a hundredth of the whole change, summed
-   over all intervals without sign, the worst of them are halved and derivatives taken anew::
+   values what it does. While the two differ by more than 0.8 % of the whole change, summed over all
+   intervals without sign, the worst of them are halved and derivatives taken anew::
 
        | · | · |·|·|  ·  |       ->       | · | · |·|·| · | · |
 

@@ -9,10 +9,7 @@ earlier one, whose logits nobody needs any more::
 """
 
 import jax
-import numpy as np
-
-# Attribution may keep one while a score takes another.
-_MOST_KEPT = 2
+import jax.numpy as jnp
 
 
 class LogitsRoom:
@@ -31,11 +28,13 @@ class LogitsRoom:
         """For one call, which takes it over; what it holds means nothing."""
         if self._kept:
             return self._kept.pop()
-        # Copied in, and not computed: nothing may be compiled once an engine is loaded.
-        new: jax.Array = jax.device_put(np.zeros(self.shape, np.float32))
-        return new
+        # Compiled for the first of them, which is taken when an engine warms up.
+        return jnp.zeros(self.shape, jnp.float32)
 
     def give_back(self, logits: jax.Array) -> None:
         """Logits that nobody looks at any more. Those that are not given back are simply freed."""
-        if len(self._kept) < _MOST_KEPT:
-            self._kept.append(logits)
+        self._kept.append(logits)
+
+    def shrink(self) -> None:
+        """Attribution is over, which kept one while scores took another."""
+        del self._kept[1:]

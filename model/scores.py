@@ -99,9 +99,7 @@ class Scores:
                 )
             )
             pair = end
-        # What was looked at from here cannot be taken over.
-        if not any(place.wants_logits for place in places):
-            self._room.give_back(outputs.logits)
+        self._room.give_back(outputs.logits)
         return scores
 
 
@@ -124,7 +122,8 @@ def wanted_residuals(
 
 
 def _bytes(logits: jax.Array, row: int) -> bytes:
-    of_row: bytes = np.asarray(logits)[row].astype("<f4").tobytes()
+    # Of an array of its own: the other would keep what NumPy sees, and could not be taken over.
+    of_row: bytes = np.asarray(logits.addressable_data(0))[row].astype("<f4").tobytes()
     return of_row
 
 
