@@ -15,7 +15,6 @@ from model.gemma.forward import EMBEDDING_LAYER
 from model.gemma.weights import GemmaWeights
 from model.integration_path import IntegrationPath
 from model.logits_room import LogitsRoom
-from model.process_memory import give_back_freed_memory
 from model.programs import ProgramSpec
 
 # The error of completeness is not told relative to a change smaller than this.
@@ -79,9 +78,6 @@ class Attributions:
             return Attribution(b"", is_finite=False)
         finally:
             self._room.shrink()
-            if question.num_steps:
-                # Seconds of passes leave holes in the heap; closing them takes 9 ms.
-                give_back_freed_memory()
         return found.answer()
 
 

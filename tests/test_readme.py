@@ -199,7 +199,12 @@ def test_the_worker_at_rest_holds_less_than_two_and_a_half_times_the_weights(ser
     # 3 global layers of 4,096 positions and 15 local ones of 768, keys and values, 8 slots and 3
     # of scores.
     kv_cache = 2 * 4 * 11 * (3 * 4096 + 15 * 768) * 256
-    assert resident_bytes(served) - kv_cache < 2.5 * WEIGHTS_BYTES
+    most = kv_cache + 2.5 * WEIGHTS_BYTES
+    # After a second without work it gives back what it needed for a moment.
+    deadline = time.monotonic() + 10
+    while resident_bytes(served) >= most and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert resident_bytes(served) < most
 
 
 def test_f_r8_a_score_of_two_thousand_tokens_takes_less_than_300_megabytes(served):

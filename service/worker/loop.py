@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from model.attribution_questions import AttributionEngine
 from model.errors import ModelError
+from model.process_memory import give_back_freed_memory
 from model.slots import Dispatch, PromptChunk, SampledToken
 from service.protocol.messages import (
     Cancel,
@@ -56,6 +57,7 @@ from service.worker.completion import Completion
 from service.worker.loop_status import LoopStatus
 from service.worker.pace import Pace
 from service.worker.paused_prefill import PausedPrefill
+from service.worker.rest import Rest
 from service.worker.scheduler import PrefillLimits, Scheduler
 from service.worker.score_desk import ScoreDesk
 from service.worker.score_request import ScoreRequest
@@ -123,6 +125,7 @@ class Loop:
         self._pace = pace or Pace()
         self._work = work or WorkDone(info.buckets)
         self._prefill = PausedPrefill(engine)
+        self._rest = Rest(give_back_freed_memory)
         self._scores = ScoreDesk(engine, admission, self._work, self._adapters)
         self._unread: _Unread | None = None
         self._requests: dict[str, AdmittedRequest] = {}
@@ -195,7 +198,9 @@ class Loop:
             try:
                 self._take(self._arrivals.get(timeout=_IDLE_WAIT_SECONDS))
             except queue.Empty:
+                self._rest.note_idle(time.monotonic())
                 return
+        self._rest.note_work()
         while not self._arrivals.empty():
             self._take(self._arrivals.get())
 
