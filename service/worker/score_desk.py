@@ -1,8 +1,9 @@
 """Scores on an engine, a part at a time: what the loop does when it is their turn.
 
 A part is some layers of a chunk, or the head over places that were read. Places wait for the head
-until they fill it, or nothing else is to be read, or two chunks have been read since; so a score of
-a few tokens shares it with others, and waits for none of them long.
+until they fill it, or nothing else is to be read, or their request was read to its end and two
+chunks since they were; so a score of a few tokens shares it with others, and waits for none of them
+long.
 
 Attributions (`service.worker.attribution_desk`) and all of this take turns.
 """
